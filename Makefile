@@ -1,0 +1,62 @@
+# make run      everything once, on the embedded data: data, model, training, scores, error analysis
+# make test     every notebook's tests, and that module, notebooks and README agree
+# make real     three seeds on real photographs, table in outputs/real.csv
+# make mini     draw the embedded scenes and train the miniature backbones anew
+# make export   notebooks -> clipcap/ and README.md
+# make lab      JupyterLab
+#
+# RUN=name PRESET=mini|flickr8k SET="epochs=5 seed=1" FORCE=1 change what `make run` does.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= demo
+PRESET ?= mini
+SET ?=
+FORCE ?=
+
+.PHONY: run test real mini export readme lab
+
+run: $(VENV)/installed
+	$(BIN)/python -m clipcap.pipeline --run $(RUN) --preset $(PRESET) $(if $(FORCE),--force) $(SET)
+
+test: $(VENV)/installed
+	$(BIN)/python .ci/test.py
+
+# Kaggle's or the original's layout; an encoder's embeddings; a local causal language model
+DATA_ROOT ?= ../shared/flickr8k
+EMBEDDINGS ?= ../shared/real/photos.safetensors
+GPT2_MODEL ?= ../shared/real/gpt2-captions
+SEEDS ?= 1 2 3
+REAL := data_root=$(DATA_ROOT) embeddings=$(EMBEDDINGS) gpt2_model=$(GPT2_MODEL) \
+	caption_sampling=all num_layers=2 learning_rate=3e-4 epochs=10
+
+real: $(VENV)/installed
+	$(BIN)/python -m clipcap.pipeline --run real --preset flickr8k --seeds "$(SEEDS)" \
+		--table outputs/real.csv $(if $(FORCE),--force) $(REAL) $(SET)
+
+mini: $(VENV)/installed
+	$(BIN)/papermill nbs/09_mini.ipynb outputs/09_mini.ipynb -k python3 -p train True
+
+export: $(VENV)/installed
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(MAKE) readme
+
+# README.md is what nbs/index.ipynb renders to; its figures lie in outputs/readme
+readme:
+	$(BIN)/jupyter nbconvert --log-level WARN --to markdown nbs/index.ipynb \
+		--output-dir . --output README --NbConvertApp.output_files_dir=outputs/readme \
+		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=hide \
+		--TagRemovePreprocessor.remove_input_tags=hide-input
+
+lab: $(VENV)/installed
+	$(BIN)/jupyter lab nbs
+
+# the package and all it needs, once, and again when the requirements change
+$(VENV)/installed: settings.ini setup.py
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
