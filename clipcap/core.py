@@ -165,13 +165,13 @@ def _check_config(config):
     if config.dropout >= 1:
         raise ValueError(f"dropout={config.dropout!r} is too large; it must be below 1")
 
-# %% ../nbs/00_core.ipynb #87085baa
+# %% ../nbs/00_core.ipynb #ec65f88c
 PRESETS = {
     "flickr8k": Config(),
     "mini": Config(
         data_root="mini", split="official", clip_model="mini", gpt2_model="mini",
         num_layers=2, num_heads=4, feedforward_dim=512,
-        epochs=12, learning_rate=1e-3, caption_sampling="random", eval_batch_size=64,
+        learning_rate=1e-3, eval_batch_size=64,
     ),
 }
 
@@ -270,10 +270,10 @@ def environment() -> dict:  # goes into `run.json`
     return {"git_commit": _git_commit(), "python": platform.python_version(), "packages": versions,
             "hardware": {"cpu": cpu, "threads": torch.get_num_threads(), "gpu": gpu}}
 
-# %% ../nbs/00_core.ipynb #05ff68fb
+# %% ../nbs/00_core.ipynb #430a10d4
 def _now() -> str:
-    "Time in UTC, to the second, as ISO 8601."
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    "Time in UTC, to the millisecond, as ISO 8601."
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
 class Run:
@@ -313,7 +313,7 @@ class Run:
         stages = self.manifest.get("stages", {})
         self.update(stages={**stages, stage: {**stages.get(stage, {}), **entries}})
 
-# %% ../nbs/00_core.ipynb #b79959bd
+# %% ../nbs/00_core.ipynb #cf2fddc6
 def _check_earlier(run, stage, config, needs):
     "Raise `ValueError` unless every stage in `needs` is finished, with the settings of `config`."
     for earlier in needs:
@@ -334,8 +334,10 @@ def _stage(self, stage, config, needs=()):
     _check_earlier(self, stage, config, needs)
     self.path.mkdir(parents=True, exist_ok=True)
     self.update(config=dataclasses.asdict(config), seed=config.seed)
-    entry = {"started": _now(), "config": stage_config(config, stage), **environment()}
-    self.update(stages={**self.manifest.get("stages", {}), stage: entry})
+    stages = self.manifest.get("stages", {})
+    built_on = {s: entry["started"] for s, entry in stages.items() if s < stage}
+    entry = {"started": _now(), "built_on": built_on, "config": stage_config(config, stage)}
+    self.update(stages={**stages, stage: {**entry, **environment()}})
     clock, notes = time.monotonic(), {}
     try: yield notes
     except BaseException as error:

@@ -546,22 +546,25 @@ def load_data(
     table = pd.read_csv(run.path/"captions_table.csv", keep_default_na=False)
     return Data(table, Embeddings(store), find_layout(data_folder(config)).photos)
 
-# %% ../nbs/01_data.ipynb #44cb8ea5
+# %% ../nbs/01_data.ipynb #00594b37
 def show_photos(
     data: Data,  # whose photos
     names: list[str],  # image names
     texts: list[str],  # what to write under each; lines are wrapped
+    title: str,  # of the page
     columns: int = 4,  # photos side by side
 ):  # matplotlib figure
     "A page of photos with text; a photo that is not here leaves a grey field."
     import matplotlib.pyplot as plt
-    rows = -(-len(names)//columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.2*columns, 4.4*rows), squeeze=False)
+    wrapped = [[w for line in text.split("\n") for w in textwrap.wrap(line, 34)] for text in texts]
+    rows, lines = -(-len(names)//columns), max(map(len, wrapped))
+    figure, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained",
+                                figsize=(3.2*columns, (3.3 + 0.22*lines)*rows + 0.4))
     for ax in axes.flat: ax.axis("off")
-    for name, text, ax in zip(names, texts, axes.flat):
+    for name, text, ax in zip(names, wrapped, axes.flat):
         photo = data.photo(name)
         ax.imshow(photo if photo is not None else Image.new("RGB", (128, 128), "lightgrey"))
-        lines = [wrapped for line in text.split("\n") for wrapped in textwrap.wrap(line, 32)]
-        ax.text(0, -0.04, "\n".join(lines), transform=ax.transAxes, va="top", fontsize=12)
-    figure.tight_layout()
+        text += [""]*(lines - len(text))
+        ax.text(0, -0.03, "\n".join(text), transform=ax.transAxes, va="top", fontsize=12)
+    figure.suptitle(title, fontsize=15)
     return figure

@@ -316,15 +316,16 @@ def evaluate_run(
         "corpus": scores.corpus, "subsets": parts.to_dict("index"), "protocol": protocol})
     return replace(scores, protocol=protocol)
 
-# %% ../nbs/04_evaluate.ipynb #917d96e9
+# %% ../nbs/04_evaluate.ipynb #98578f46
 def show_captions(
     data: Data,  # photos and references
     captions: dict[str, str],  # image -> caption
     cider: pd.Series,  # CIDEr of each image
     names: list[str],  # which
+    title: str,  # of the page
     columns: int = 4,  # photos side by side
 ):  # matplotlib figure
     "Photos with their caption, their CIDEr and a human caption."
     references = data.captions.groupby("image").caption.first()
     texts = [f"{captions[n] or '(nothing)'}  [{cider[n]:.2f}]\nhuman: {references[n]}" for n in names]
-    return show_photos(data, names, texts, columns)
+    return show_photos(data, names, texts, title, columns)

@@ -765,17 +765,23 @@ def draw_captions(
     rng = random.Random(f"captions {seed}")
     return [c for scene in random_scenes(n, seed) for c in write_captions(scene, rng)]
 
-# %% ../nbs/09_mini.ipynb #6475c903
+# %% ../nbs/09_mini.ipynb #14917a92
 def scene_document(
     scene: Scene,  # what all captions are about
     tokenizer: GPT2TokenizerFast,  # of the model to train
     rng: random.Random,  # source of chance
-) -> list[int]:  # token ids
-    "One to five captions of a scene in a row, each closed by `<|endoftext|>`."
-    captions = write_captions(scene, rng, rng.choice((1, 2, 3, 4, 5, 5)))
-    return [i for c in captions for i in [*tokenizer(c)["input_ids"], tokenizer.eos_token_id]]
+) -> tuple[list[int], int]:  # token ids, how many of them at the start are a hint
+    "One to four captions of a scene, each closed by `<|endoftext|>`, often after a hint."
+    captions, hint = write_captions(scene, rng), []
+    if rng.random() < .5:
+        words = " ".join(captions[3:]).replace(" .", "").split()
+        words = " ".join(rng.sample(words, min(10, len(words)))).lower()
+        hint = tokenizer(f" {words}")["input_ids"]
+    told = captions[:rng.choice((1, 2) if hint else (1, 2, 3, 4, 4))]
+    ids = [i for c in told for i in [*tokenizer(c)["input_ids"], tokenizer.eos_token_id]]
+    return hint + ids, len(hint)
 
-
+# %% ../nbs/09_mini.ipynb #f3be2914
 def train_gpt2(
     tokenizer: GPT2TokenizerFast,  # from `train_tokenizer`
     steps: int = 450,  # batches
@@ -794,17 +800,18 @@ def train_gpt2(
         optimizer, learning_rate, total_steps=steps, pct_start=.1)
     losses = []
     for _ in tqdm(range(steps), "GPT-2", mininterval=5):
-        documents = [torch.tensor(scene_document(random_scene(rng), tokenizer, rng))
-                     for _ in range(batch_size)]
-        ids, labels = (torch.nn.utils.rnn.pad_sequence(documents, True, fill)
-                       for fill in (0, -100))  # (B, T); padding is not learned
-        loss = model(input_ids=ids, labels=labels).loss
+        documents = [scene_document(random_scene(rng), tokenizer, rng) for _ in range(batch_size)]
+        ids, labels = (torch.nn.utils.rnn.pad_sequence([torch.tensor(d) for d in rows], True, fill)
+                       for rows, fill in (([ids for ids, _ in documents], 0), (
+                           [[-100] * hint + ids[hint:] for ids, hint in documents], -100)))
+        loss = model(input_ids=ids, labels=labels).loss  # padding and hints are not learned
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         optimizer.step(); schedule.step()
         losses.append(loss.item())
-    return model.eval(), losses
+    model.config.initializer_range = round(model.transformer.wte.weight.std().item(), 2)
+    return model.eval(), losses  # rows that a captioner adds start as large as the trained ones
 
 # %% ../nbs/09_mini.ipynb #43753b8c
 def caption_tokens(
