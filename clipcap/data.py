@@ -356,13 +356,17 @@ def embed_photos(
             bad.update(shard_bad)
     return folder, bad
 
-# %% ../nbs/01_data.ipynb #9e43eae4
+# %% ../nbs/01_data.ipynb #f6ad2c3a
 def gpt2_path(
     name: str,  # hub name, local directory of a causal LM, or "mini"
 ) -> str:  # what `from_pretrained` takes
-    "The name or directory that transformers shall load."
-    if name == "mini": return str(asset_path("mini/gpt2"))
-    return str(resolve_path(name)) if resolve_path(name).is_dir() else name
+    "The name or directory that transformers shall load. Raises `ValueError` for a missing folder."
+    folder = asset_path("mini/gpt2") if name == "mini" else resolve_path(name)
+    if folder.is_dir(): return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"gpt2_model={name!r} can't be loaded: there is no folder {folder}; pass "
+                         "one that exists, relative to the project's root, or a name on the hub")
+    return name
 
 
 def load_tokenizer(
@@ -370,13 +374,13 @@ def load_tokenizer(
 ):  # tokenizer with `<|startoftext|>`, `<|endoftext|>` and `[PAD]`
     "GPT-2's tokenizer with the original's special tokens. Raises `ValueError` for a bad name."
     from transformers import AutoTokenizer, GPT2TokenizerFast
-    path = Path(gpt2_path(name))
-    bare = (path/"vocab.json").is_file() and not (path/"tokenizer.json").is_file()
+    path = gpt2_path(name)
+    bare = Path(path, "vocab.json").is_file() and not Path(path, "tokenizer.json").is_file()
     kind = GPT2TokenizerFast if bare else AutoTokenizer  # bare: as OpenAI published it
-    try: tokenizer = kind.from_pretrained(gpt2_path(name))
+    try: tokenizer = kind.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"gpt2_model={name!r} can't be loaded: it is no local directory of a "
-                         f"tokenizer, and the hub did not give it ({error})") from None
+        raise ValueError(f"gpt2_model={name!r} can't be loaded: it is neither a folder with a "
+                         f"tokenizer nor a name that the hub answers ({error})") from None
     tokenizer.add_special_tokens({"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
                                   "pad_token": "[PAD]"})
     return tokenizer
@@ -546,7 +550,7 @@ def load_data(
     table = pd.read_csv(run.path/"captions_table.csv", keep_default_na=False)
     return Data(table, Embeddings(store), find_layout(data_folder(config)).photos)
 
-# %% ../nbs/01_data.ipynb #00594b37
+# %% ../nbs/01_data.ipynb #0d129e22
 def show_photos(
     data: Data,  # whose photos
     names: list[str],  # image names
@@ -557,14 +561,15 @@ def show_photos(
     "A page of photos with text; a photo that is not here leaves a grey field."
     import matplotlib.pyplot as plt
     wrapped = [[w for line in text.split("\n") for w in textwrap.wrap(line, 34)] for text in texts]
-    rows, lines = -(-len(names)//columns), max(map(len, wrapped))
-    figure, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained",
-                                figsize=(3.2*columns, (3.3 + 0.22*lines)*rows + 0.4))
+    rows, text_height = -(-len(names)//columns), 0.22*max(map(len, wrapped)) + 0.1  # inches
+    height = 3*rows + text_height*rows + 0.5
+    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(3.2*columns, height))
+    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.5/height, bottom=text_height/height,
+                           wspace=0.06, hspace=text_height/3)
     for ax in axes.flat: ax.axis("off")
     for name, text, ax in zip(names, wrapped, axes.flat):
         photo = data.photo(name)
         ax.imshow(photo if photo is not None else Image.new("RGB", (128, 128), "lightgrey"))
-        text += [""]*(lines - len(text))
         ax.text(0, -0.03, "\n".join(text), transform=ax.transAxes, va="top", fontsize=12)
     figure.suptitle(title, fontsize=15)
     return figure

@@ -62,7 +62,7 @@ def _divisor(width, heads):
     "The largest number of heads below `heads` that divides `width`."
     return next(n for n in range(min(heads, width), 0, -1) if width % n == 0)
 
-# %% ../nbs/02_model.ipynb #1bdddbd3
+# %% ../nbs/02_model.ipynb #70d21ff8
 def load_gpt2(
     name: str,  # hub name, local directory of a causal LM, or "mini"
     tokenizer,  # from `load_tokenizer`
@@ -70,7 +70,8 @@ def load_gpt2(
 ) -> nn.Module:  # frozen causal LM, float32, in evaluation mode
     "Load a frozen GPT-2 whose vocabulary has the tokenizer's added tokens."
     from transformers import AutoModelForCausalLM
-    try: gpt2 = AutoModelForCausalLM.from_pretrained(gpt2_path(name), dtype=torch.float32)
+    path = gpt2_path(name)
+    try: gpt2 = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ValueError(f"gpt2_model={name!r} can't be loaded as a causal language model "
                          f"({error})") from None

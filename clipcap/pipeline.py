@@ -168,7 +168,7 @@ def collect_captions(
                           "human": [human[n] for n in chosen], "cider": cider[chosen].round(4).values})
     with atomic_path(path) as temporary: table.to_csv(temporary, index=False)
 
-# %% ../nbs/11_pipeline.ipynb #3374b045
+# %% ../nbs/11_pipeline.ipynb #d9739319
 def parse_changes(
     words: list[str],  # such as ["epochs=5", "learning_rate=1e-3"]
 ) -> dict:  # field -> value, numbers as numbers
@@ -186,12 +186,12 @@ def parse_changes(
 
 @call_parse
 def main(
+    change: Param("Fields of Config to change: epochs=5 seed=1 …", str, nargs="*"),
     run: str = "demo",  # Folder under outputs/
     preset: str = "mini",  # mini or flickr8k
     force: bool = False,  # Run every stage, finished or not
     seeds: str = "",  # Several seeds, such as "1 2 3": runs RUN-1, RUN-2, RUN-3
     table: str = "",  # CSV of test CIDEr and its controls, one line a seed
-    change: Param("Fields of Config: epochs=5 seed=1 …", str, nargs="*") = (),
 ):
     "Run the stage notebooks under papermill, then print what came of it (`python -m clipcap.pipeline`)."
     changes = parse_changes(change)
