@@ -45,6 +45,7 @@ export: $(VENV)/installed
 
 # README.md is what nbs/index.ipynb renders to; its figures lie in outputs/readme
 readme:
+	rm -rf outputs/readme
 	$(BIN)/jupyter nbconvert --log-level WARN --to markdown nbs/index.ipynb \
 		--output-dir . --output README --NbConvertApp.output_files_dir=outputs/readme \
 		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=hide \
