@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'STAGE_FIELDS', 'project_root', 'resolve_path', 'outputs_dir', 'asset_path', 'atomic_path', 'write_json',
            'save_figure', 'hash_file', 'Config', 'make_config', 'stage_config', 'seed_everything', 'pick_device',
-           'environment', 'Run', 'stage', 'open_run', 'notebook_parameters']
+           'environment', 'Run', 'check_earlier', 'stage', 'check_preset', 'open_run', 'notebook_parameters']
 
 # %% ../nbs/00_core.ipynb #45f0c40e
 import dataclasses
@@ -135,7 +135,7 @@ class Config:
 
     def __post_init__(self): _check_config(self)
 
-# %% ../nbs/00_core.ipynb #a34dd20b
+# %% ../nbs/00_core.ipynb #9b319403
 _CHOICES = {
     "split": ("random", "official"),
     "on_bad_image": ("stop", "skip"),
@@ -144,7 +144,7 @@ _CHOICES = {
 }
 _AT_LEAST = {  # smallest possible value of each number
     "seed": 0, "prefix_length": 1, "num_layers": 1, "num_heads": 1, "feedforward_dim": 1,
-    "dropout": 0, "epochs": 0, "batch_size": 1, "learning_rate": 0, "weight_decay": 0,
+    "dropout": 0, "epochs": 1, "batch_size": 1, "learning_rate": 0, "weight_decay": 0,
     "max_length": 3, "num_beams": 1, "eval_batch_size": 1,
 }
 
@@ -313,8 +313,13 @@ class Run:
         stages = self.manifest.get("stages", {})
         self.update(stages={**stages, stage: {**stages.get(stage, {}), **entries}})
 
-# %% ../nbs/00_core.ipynb #cf2fddc6
-def _check_earlier(run, stage, config, needs):
+# %% ../nbs/00_core.ipynb #fcb77da9
+def check_earlier(
+    run: Run,  # whose stages they are
+    stage: str,  # what needs them, for the message
+    config: Config,  # what they must have run with
+    needs: tuple,  # earlier stages
+):
     "Raise `ValueError` unless every stage in `needs` is finished, with the settings of `config`."
     for earlier in needs:
         entry = run.stage_entry(earlier)
@@ -331,11 +336,11 @@ def _check_earlier(run, stage, config, needs):
 
 @contextmanager
 def _stage(self, stage, config, needs=()):
-    _check_earlier(self, stage, config, needs)
+    check_earlier(self, stage, config, needs)
     self.path.mkdir(parents=True, exist_ok=True)
     self.update(config=dataclasses.asdict(config), seed=config.seed)
     stages = self.manifest.get("stages", {})
-    built_on = {s: entry["started"] for s, entry in stages.items() if s < stage}
+    built_on = {s: stages[s]["started"] for s in needs}
     entry = {"started": _now(), "built_on": built_on, "config": stage_config(config, stage)}
     self.update(stages={**stages, stage: {**entry, **environment()}})
     clock, notes = time.monotonic(), {}
@@ -358,18 +363,27 @@ def stage(
 
 Run.stage = stage
 
-# %% ../nbs/00_core.ipynb #aa51cfce
+# %% ../nbs/00_core.ipynb #3e9ed264
+def check_preset(
+    run: Run,  # perhaps begun
+    preset: str | None,  # None agrees with any
+):
+    "Raise `ValueError` where a run began with another preset."
+    known = run.manifest.get("preset", preset)
+    if preset and known != preset:
+        raise ValueError(f"run {run.name!r} began with preset {known!r}, not {preset!r}; choose "
+                         f"another run name, or delete {run.path}")
+
+
 def open_run(
-    run: str,  # name of the run: folder under `outputs_dir()`
+    run: str | Run,  # name of the run: folder under `outputs_dir()`
     preset: str | None = None,  # key of `PRESETS`; None: the run's own, or "mini" for a new run
     **changes,  # fields of `Config` to change; None keeps the run's or else the preset's
 ) -> tuple[Run, Config]:  # the run, its checked configuration
     "Open or begin a run. Raises `ValueError` where `preset` is not the one the run began with."
-    run = Run(run)
+    run = run if isinstance(run, Run) else Run(run)
     known = run.manifest
-    if preset and known and preset != known["preset"]:
-        raise ValueError(f"run {run.name!r} began with preset {known['preset']!r}, not {preset!r}; "
-                         f"choose another run name, or delete {run.path}")
+    check_preset(run, preset)
     preset = preset or known.get("preset", "mini")
     fields = {f.name for f in dataclasses.fields(Config)}
     own = {k: v for k, v in known.get("config", {}).items() if k in fields}
@@ -377,13 +391,14 @@ def open_run(
     if not known: run.update(preset=preset, config=dataclasses.asdict(config), stages={})
     return run, config
 
-# %% ../nbs/00_core.ipynb #8abe23e6
+# %% ../nbs/00_core.ipynb #4b8f8e87
 def notebook_parameters(
     namespace: dict,  # `globals()` of a notebook whose variables so far are its parameters
     own: tuple = (),  # names that are the notebook's own, not fields of `Config`
 ) -> dict:  # name -> value, for `open_run`
     "The plain variables of a notebook: those of its `parameters` cell, and papermill's."
-    plain = (str, int, float, bool, list, tuple, type(None))
-    return {name: value for name, value in namespace.items()
-            if name.islower() and not name.startswith("_") and name not in own
-            and isinstance(value, plain)}
+    plain = (str, int, float, bool, list, tuple, Run, type(None))
+    found = [name for name, value in namespace.items()
+             if name.islower() and not name.startswith("_") and isinstance(value, plain)]
+    names = namespace.setdefault("_parameters", found)  # so that the cell can be run again
+    return {name: namespace[name] for name in names if name not in own}

@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'Layout', 'find_layout', 'read_captions', 'random_split', '
            'gpt2_path', 'load_tokenizer', 'encode_captions', 'FlickrDataset', 'prepare_data', 'Data', 'load_data',
            'show_photos']
 
-# %% ../nbs/01_data.ipynb #10b6663a
+# %% ../nbs/01_data.ipynb #92519d91
 import csv
 import hashlib
 import io
@@ -33,8 +33,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .core import (Config, Run, asset_path, atomic_path, hash_file, outputs_dir,
-                          pick_device, project_root, resolve_path)
+from .core import (Config, Run, asset_path, atomic_path, check_earlier, hash_file,
+                          outputs_dir, pick_device, project_root, resolve_path)
 
 # %% ../nbs/01_data.ipynb #1dd0905a
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def find_layout(
     text = root/"Flickr8k_text" if (root/"Flickr8k_text").is_dir() else root
     return Layout(root, captions, next((p for p in photos if p.is_dir()), None), text)
 
-# %% ../nbs/01_data.ipynb #8d4a6d9b
+# %% ../nbs/01_data.ipynb #0cf973b5
 def _read_text(path):
     "A text file as UTF-8, with or without a byte order mark."
     try: return Path(path).read_bytes().decode("utf-8-sig")
@@ -96,6 +96,9 @@ def _csv_rows(path):
         if len(row) < 2:
             raise ValueError(f"{path}, line {rows.line_num}: expected 'photo.jpg,caption', "
                              f"found {row[0][:60]!r}; correct or remove the line")
+        if "\n" in "".join(row).strip():
+            raise ValueError(f"{path}, before line {rows.line_num + 1}: a caption spans several "
+                             "lines; close its quotation mark, or double one that is text")
         yield row[0], ",".join(row[1:])  # a comma that the file failed to quote
 
 
@@ -193,7 +196,7 @@ def _read_metadata(path):
                          "there must be one row a name")
     return names, shape[1], metadata
 
-# %% ../nbs/01_data.ipynb #7edca30a
+# %% ../nbs/01_data.ipynb #0ccdfd7e
 class Embeddings:
     "A store of image embeddings, read row by row from memory-mapped safetensors."
 
@@ -235,6 +238,14 @@ class Embeddings:
             raise ValueError(f"{self.path}: the embedding of {name} holds NaN or infinity; "
                              "encode it again")
         return value
+
+    def digest(self) -> str:  # 64 hexadecimal digits
+        "SHA-256 of names and rows, in order: what training depends on."
+        digest = hashlib.sha256(json.dumps(self.names).encode())
+        for rows in self._slices:
+            for start in range(0, rows.get_shape()[0], 4096):
+                digest.update(rows[start:start + 4096].float().numpy().tobytes())
+        return digest.hexdigest()
 
     def stack(self, names) -> torch.Tensor:  # (N, D) float32
         "The embeddings of several images, in the order of `names`."
@@ -287,15 +298,17 @@ def read_photo(
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise OSError(f"{path} can't be read as a photo ({error})") from None
 
-# %% ../nbs/01_data.ipynb #2962fcf4
+# %% ../nbs/01_data.ipynb #8a2a8eb7
 def cache_folder(
     encoder: str,  # name and weight hash
     preprocess: Callable,  # CLIP's transform
+    photos: Path,  # their folder
     names: list[str],  # images, in order
 ) -> Path:  # folder of shards under `outputs/cache`
     "Where the embeddings of these images by this encoder are kept."
     steps = re.sub(r" at 0x\w+", "", repr(preprocess))  # function addresses change every time
-    key = hashlib.sha256(json.dumps([encoder, steps, names]).encode()).hexdigest()
+    place = os.path.relpath(photos, project_root())  # a project that moves keeps its caches
+    key = hashlib.sha256(json.dumps([encoder, steps, place, names]).encode()).hexdigest()
     return outputs_dir()/"cache"/f"embeddings-{key[:16]}"
 
 
@@ -328,7 +341,7 @@ def _encode_shard(photos, names, encode, preprocess, batch_size, bar):
         bar.update(len(batch))
     return torch.cat([r for r in rows if r.ndim == 2] or [torch.zeros(0, 0)]), good, bad
 
-# %% ../nbs/01_data.ipynb #5e647c57
+# %% ../nbs/01_data.ipynb #c68ea5f0
 def embed_photos(
     photos: Path,  # folder
     names: list[str],  # files in it
@@ -339,7 +352,7 @@ def embed_photos(
     shard_size: int = 512,  # photos a file
 ) -> tuple[Path, dict[str, str]]:  # folder of shards; unreadable photo -> reason
     "Encode each photo once; a folder of embeddings that a later call continues or reuses."
-    folder, bad = cache_folder(encoder, preprocess, names), {}
+    folder, bad = cache_folder(encoder, preprocess, photos, names), {}
     with tqdm(total=len(names), desc="encoding photos", unit="photo") as bar:
         for start in range(0, len(names), shard_size):
             shard, file = names[start:start + shard_size], folder/f"{start:09d}.safetensors"
@@ -356,7 +369,7 @@ def embed_photos(
             bad.update(shard_bad)
     return folder, bad
 
-# %% ../nbs/01_data.ipynb #f6ad2c3a
+# %% ../nbs/01_data.ipynb #26ee5801
 def gpt2_path(
     name: str,  # hub name, local directory of a causal LM, or "mini"
 ) -> str:  # what `from_pretrained` takes
@@ -381,8 +394,9 @@ def load_tokenizer(
     except (OSError, ValueError) as error:
         raise ValueError(f"gpt2_model={name!r} can't be loaded: it is neither a folder with a "
                          f"tokenizer nor a name that the hub answers ({error})") from None
-    tokenizer.add_special_tokens({"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
-                                  "pad_token": "[PAD]"})
+    special = {"bos_token": "<|startoftext|>", "pad_token": "[PAD]"}
+    if tokenizer.eos_token is None: special["eos_token"] = "<|endoftext|>"
+    tokenizer.add_special_tokens(special)
     return tokenizer
 
 
@@ -447,7 +461,7 @@ class FlickrDataset(Dataset):
                 "input_ids": ids,  # (B, L)
                 "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
 
-# %% ../nbs/01_data.ipynb #95075d2e
+# %% ../nbs/01_data.ipynb #5e6ead4c
 def _refuse(bad, photos, run):
     "Raise `OSError` naming the photos that are missing or can't be read."
     with atomic_path(run.path/"bad_images.csv") as temporary:
@@ -470,10 +484,10 @@ def _see_photos(names, layout, config, run):
     model, preprocess, encoder = load_clip(config.clip_model, pick_device(config.device))
     folder, bad = embed_photos(layout.photos, names, lambda images: encode_images(model, images),
                                preprocess, encoder)
-    if bad and config.on_bad_image == "stop": _refuse(bad, layout.photos, run)
+    if bad and (config.on_bad_image == "stop" or len(bad) == len(names)): _refuse(bad, layout.photos, run)
     return folder, bad
 
-# %% ../nbs/01_data.ipynb #662b0b24
+# %% ../nbs/01_data.ipynb #6e4a9292
 def prepare_data(
     run: Run,  # gets `captions_table.csv`
     config: Config,  # says what to read
@@ -506,7 +520,8 @@ def prepare_data(
         table.to_csv(temporary, index=False)
     return {**notes, "encoder": known.encoder, "embedding_dim": known.dim,
             "images": table.groupby("split").image.nunique().to_dict(), "captions": len(table),
-            "data_hash": hash_file(run.path/"captions_table.csv")}
+            "data_hash": hashlib.sha256((hash_file(run.path/"captions_table.csv")
+                                         + known.digest()).encode()).hexdigest()}
 
 
 def _add_subsets(table, layout):
@@ -515,7 +530,7 @@ def _add_subsets(table, layout):
     if not path.is_file(): return table
     return table.merge(pd.read_csv(path), on="image", how="left")
 
-# %% ../nbs/01_data.ipynb #07409bad
+# %% ../nbs/01_data.ipynb #b6c411a6
 @dataclass(frozen=True)
 class Data:
     "What the first stage left for the others."
@@ -543,11 +558,12 @@ def load_data(
     run: Run,  # whose `01_data` has finished
     config: Config,  # of the run
 ) -> Data:  # table, embeddings and photos
-    "Open what `prepare_data` made."
+    "Open what `prepare_data` made. Raises `ValueError` where `01_data` has not finished."
+    check_earlier(run, "load_data", config, ["01_data"])
     entry = run.stage_entry("01_data")
     store = (resolve_path(config.embeddings) if config.embeddings
              else outputs_dir()/entry["embeddings"])
-    table = pd.read_csv(run.path/"captions_table.csv", keep_default_na=False)
+    table = pd.read_csv(run.path/"captions_table.csv", dtype=str, keep_default_na=False)
     return Data(table, Embeddings(store), find_layout(data_folder(config)).photos)
 
 # %% ../nbs/01_data.ipynb #0d129e22

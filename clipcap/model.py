@@ -228,18 +228,18 @@ def load_checkpoint(
                              "with the configuration it was trained with (its run.json)") from None
     return state
 
-# %% ../nbs/02_model.ipynb #c81dcc53
+# %% ../nbs/02_model.ipynb #79d36707
 def load_run(
     name: str = "demo",  # name of a trained run
     epoch: int | None = None,  # checkpoint; None: the last epoch
     device: str = "auto",  # where to compute
 ) -> ClipCapModel:  # in evaluation mode; with CLIP, unless the run used given embeddings
     "Load a trained model from its run folder. Raises `ValueError` for a run that is not trained."
-    from dataclasses import replace
     run = Run(name)
     if not run.manifest: raise ValueError(f"there is no run {name!r} in {run.path.parent}")
-    config = replace(Config(**run.manifest["config"]), device=device)
     path = checkpoint_path(run, epoch)
+    trained_with = run.stage_entry("03_train").get("config", {})  # the settings may be newer
+    config = Config(**{**run.manifest["config"], **trained_with, "device": device})
     clip_dim = Embeddings(resolve_path(config.embeddings)).dim if config.embeddings else None
     model = load_model(config, clip_dim)
     load_checkpoint(path, model.mapping_network)

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['depends_on', 'why_run', 'run_stages', 'summary', 'collect_controls', 'collect_captions', 'parse_changes', 'main']
 
-# %% ../nbs/11_pipeline.ipynb #004bb5dd
+# %% ../nbs/11_pipeline.ipynb #9940c1cf
 import dataclasses
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 
 from fastcore.script import Param, call_parse
 
-from .core import (STAGE_FIELDS, Config, Run, asset_path, atomic_path, make_config,
-                          project_root, resolve_path, stage_config)
+from .core import (STAGE_FIELDS, Config, Run, asset_path, atomic_path, check_preset,
+                          make_config, outputs_dir, project_root, resolve_path, stage_config)
 
-# %% ../nbs/11_pipeline.ipynb #391940cd
+# %% ../nbs/11_pipeline.ipynb #8fad761f
 def _hash(*parts) -> str:
     "Twelve hexadecimal digits that stand for `parts`."
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
@@ -36,17 +37,22 @@ def depends_on(
     notebooks: Path,  # folder of the stage notebooks
 ) -> dict:  # {"config": {field: value}, "code": hash, "inputs": hash}
     "All that decides what a stage makes."
-    code = [["".join(cell["source"]) for cell in json.loads(p.read_text("utf-8"))["cells"]
-             if cell["cell_type"] == "code"]
-            for p in sorted(notebooks.glob("[0-9]*.ipynb")) if p.stem <= stage]
+    code = []
+    for notebook in sorted(p for p in notebooks.glob("[0-9]*.ipynb") if p.stem <= stage):
+        cells = json.loads(notebook.read_text("utf-8"))["cells"]
+        source = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+        module = re.search(r"^#\| default_exp (\w+)", source, re.MULTILINE)
+        exported = Path(__file__).with_name(f"{module[1]}.py") if module else None
+        code.append([source, exported.read_text("utf-8") if exported else ""])
     named = (config.data_root, config.embeddings, config.clip_model, config.gpt2_model)
     inputs = [_listing(asset_path("mini") if name == "mini" else resolve_path(name))
               for name in named if name]
     return {"config": stage_config(config, stage), "code": _hash(code), "inputs": _hash(inputs)}
 
-# %% ../nbs/11_pipeline.ipynb #24e2bc40
-_MAKES = {"01_data": "captions_table.csv", "03_train": "checkpoints/last.pt",
-          "04_evaluate": "scores_test.json", "05_error_analysis": "controls_test.csv"}
+# %% ../nbs/11_pipeline.ipynb #d0f19976
+_MAKES = {"01_data": ["captions_table.csv"], "03_train": ["checkpoints/last.pt", "metrics.jsonl"],
+          "04_evaluate": ["captions_test.json", "scores_test.json", "scores_test.csv"],
+          "05_error_analysis": ["controls_test.csv"]}
 
 
 def why_run(
@@ -63,24 +69,18 @@ def why_run(
     if before["code"] != now["code"]: return "the notebooks' code has changed"
     if before["inputs"] != now["inputs"]: return "the input files have changed"
     entry = run.stage_entry(stage)
-    if "finished" not in entry: return "it was not finished"
-    if entry["config"] != now["config"]: return "it was run by hand with other settings"
+    if not before["complete"] or "finished" not in entry: return "it was not finished"
+    by_hand = entry.get("eval_split", "test") != "test" or entry.get("epoch") is not None
+    if by_hand or entry["config"] != now["config"]: return "it was run by hand with other settings"
     for earlier, started in entry["built_on"].items():
         if run.stage_entry(earlier)["started"] != started: return f"{earlier} has run since"
-    if stage in _MAKES and not (run.path/_MAKES[stage]).is_file():
-        return f"{_MAKES[stage]} is missing"
+    for name in _MAKES.get(stage, []):
+        if not (run.path/name).is_file(): return f"{name} is missing"
+    cache = entry.get("embeddings") if not now["config"]["embeddings"] else None
+    if cache and not (outputs_dir()/cache).is_dir(): return f"{cache} is missing"
     return ""
 
-# %% ../nbs/11_pipeline.ipynb #31c6166b
-def _must_restart(run, now):
-    "Whether training must begin anew: the recipe is another one."
-    before = run.manifest.get("pipeline", {}).get("03_train")
-    if before is None: return False
-    more = now["config"]["epochs"] >= before["config"]["epochs"]
-    return not more or {**before, "config": {**before["config"], "epochs": 0}} != {
-        **now, "config": {**now["config"], "epochs": 0}}
-
-
+# %% ../nbs/11_pipeline.ipynb #fe78c423
 def run_stages(
     run: str = "demo",  # folder under `outputs/`
     preset: str = "mini",  # key of `PRESETS`
@@ -93,11 +93,9 @@ def run_stages(
     import papermill
     run, config = Run(run), make_config(preset, **changes)
     notebooks = notebooks or project_root()/"nbs"
-    known = run.manifest
-    if known and known.get("preset", preset) != preset:
-        raise ValueError(f"run {run.name!r} began with preset {known['preset']!r}, not {preset!r}; "
-                         f"choose another run name, or delete {run.path}")
-    run.update(preset=preset, config=dataclasses.asdict(config), stages=known.get("stages", {}))
+    check_preset(run, preset)
+    run.update(preset=preset, config=dataclasses.asdict(config),
+               stages=run.manifest.get("stages", {}))
     ran = []
     for stage in stages:
         now = depends_on(stage, config, notebooks)
@@ -105,17 +103,23 @@ def run_stages(
         if not why: continue
         print(f"{stage}: {why}", file=sys.stderr)
         parameters = {"run": run.name, "preset": preset}
-        if stage == "03_train": parameters["restart"] = force or _must_restart(run, now)
-        run.update(pipeline={**run.manifest.get("pipeline", {}), stage: now})
+        if stage == "03_train": parameters["restart"] = force or "if changed"
+        _remember(run, stage, now, complete=False)
         out = run.path/"notebooks"/f"{stage}.ipynb"
         out.parent.mkdir(parents=True, exist_ok=True)
         papermill.execute_notebook(
             str(notebooks/f"{stage}.ipynb"), str(out), parameters, kernel_name="python3",
             cwd=str(project_root()), stderr_file=sys.stderr)
+        _remember(run, stage, now, complete=True)
         ran.append(stage)
     return ran
 
-# %% ../nbs/11_pipeline.ipynb #07b9fbce
+
+def _remember(run, stage, now, complete):
+    "Note in `run.json` what a stage was run from, and whether its notebook ran to the end."
+    run.update(pipeline={**run.manifest.get("pipeline", {}), stage: {**now, "complete": complete}})
+
+# %% ../nbs/11_pipeline.ipynb #68b2c17b
 def summary(
     run: Run,  # evaluated on the split "test"
 ) -> str:  # for the terminal
@@ -162,7 +166,7 @@ def collect_captions(
     cider = cider.sort_values(ascending=False, kind="stable")
     rows = json.loads((run.path/"captions_test.json").read_text("utf-8"))
     model = {row["image_id"]: row["caption"] for row in rows}
-    human = pd.read_csv(run.path/"captions_table.csv").groupby("image").caption.first()
+    human = pd.read_csv(run.path/"captions_table.csv", keep_default_na=False).groupby("image").caption.first()
     chosen = [*cider.index[:number], *cider.index[-number:]]
     table = pd.DataFrame({"image": chosen, "model": [model[n] for n in chosen],
                           "human": [human[n] for n in chosen], "cider": cider[chosen].round(4).values})
