@@ -11,13 +11,13 @@ __all__ = ['COLORS', 'ACTIONS', 'KINDS', 'OTHERS', 'SETTINGS', 'FITS_INDOORS', '
            'train_gpt2', 'caption_tokens', 'preprocess_scenes', 'new_clip', 'train_clip', 'save_clip', 'load_clip',
            'make_assets', 'file_hashes', 'embed_scenes', 'linear_probe', 'retrieval_ranks']
 
-# %% ../nbs/09_mini.ipynb #99aa7bdc
-import hashlib
+# %% ../nbs/09_mini.ipynb #2ffd8fe9
 import io
 import json
 import random
 import re
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -926,7 +926,7 @@ def file_hashes(
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "hashes.json")
     return {p.relative_to(folder).as_posix(): hash_file(p) for p in files}
 
-# %% ../nbs/09_mini.ipynb #b2dc7d54
+# %% ../nbs/09_mini.ipynb #18b340a8
 @torch.no_grad()
 def embed_scenes(
     model: CLIP,  # float32
@@ -941,7 +941,7 @@ def embed_scenes(
 def linear_probe(
     x: torch.Tensor,  # (N, D) embeddings to fit on
     labels: list,  # N values of one fact
-) -> "Callable":  # embeddings (M, D) -> M values
+) -> Callable:  # embeddings (M, D) -> M values
     "Fit a softmax regression with a small L2 penalty by L-BFGS."
     values = sorted(set(labels), key=str)
     y = torch.tensor([values.index(v) for v in labels])

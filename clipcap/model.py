@@ -7,8 +7,7 @@ __all__ = ['MappingNetwork', 'load_gpt2', 'ClipCapModel', 'generate_from_embeddi
            'generate_caption', 'load_model', 'save_checkpoint', 'load_checkpoint', 'load_run', 'checkpoint_path',
            'parameter_table']
 
-# %% ../nbs/02_model.ipynb #22cbcbdd
-import warnings
+# %% ../nbs/02_model.ipynb #fc41a3c9
 from pathlib import Path
 
 import torch
@@ -16,8 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from .core import (Config, Run, atomic_path, outputs_dir, pick_device, resolve_path,
-                          seed_everything)
+from .core import Config, Run, atomic_path, pick_device, resolve_path, seed_everything
 from .data import (Embeddings, encode_images, gpt2_path, load_clip, load_tokenizer,
                           read_photo)
 
