@@ -1,6 +1,8 @@
 # make run      everything once, on the embedded data: data, model, training, scores, error analysis
 # make test     every notebook's tests, and that module, notebooks and README agree
 # make real     three seeds on real photographs, table in outputs/real.csv
+# make flickr8k the original at full size: downloads what is missing, wants a GPU; PRESET and RUN are flickr8k
+# make full-size-check   the same road with random weights of full size and 64 photos, minutes on 2 cores
 # make mini     draw the embedded scenes and train the miniature backbones anew
 # make export   notebooks -> clipcap/ and README.md
 # make lab      JupyterLab
@@ -15,7 +17,7 @@ PRESET ?= mini
 SET ?=
 FORCE ?=
 
-.PHONY: run test real mini export readme lab
+.PHONY: run test real flickr8k full-size-check mini export readme lab
 
 run: $(VENV)/installed
 	$(BIN)/python -m clipcap.pipeline --run $(RUN) --preset $(PRESET) $(if $(FORCE),--force) $(SET)
@@ -34,6 +36,14 @@ REAL := data_root=$(DATA_ROOT) embeddings=$(EMBEDDINGS) gpt2_model=$(GPT2_MODEL)
 real: $(VENV)/installed
 	$(BIN)/python -m clipcap.pipeline --run real --preset flickr8k --seeds "$(SEEDS)" \
 		--table outputs/real.csv $(if $(FORCE),--force) $(REAL) $(SET)
+
+flickr8k: $(VENV)/installed
+	$(BIN)/python -m clipcap.pipeline --run flickr8k --preset flickr8k $(if $(FORCE),--force) $(SET)
+
+full-size-check: $(VENV)/installed
+	@mkdir -p outputs/full-size-check
+	$(BIN)/papermill nbs/13_full_size.ipynb outputs/full-size-check/13_full_size.ipynb -k python3 \
+		-p size full -p data_root $(DATA_ROOT)
 
 mini: $(VENV)/installed
 	$(BIN)/papermill nbs/09_mini.ipynb outputs/09_mini.ipynb -k python3 -p train True

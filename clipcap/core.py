@@ -102,7 +102,7 @@ def hash_file(
         while piece := file.read(1 << 20): digest.update(piece)
     return digest.hexdigest()
 
-# %% ../nbs/00_core.ipynb #f7cd2574
+# %% ../nbs/00_core.ipynb #e526995d
 @dataclass(frozen=True)
 class Config:
     "Every hyperparameter of a run. The defaults are the original recipe (preset `flickr8k`)."
@@ -127,6 +127,8 @@ class Config:
     weight_decay: float = 1e-5  # AdamW, decoupled
     max_length: int = 40  # tokens of a caption, both special ones counted; at decoding too
     caption_sampling: str = "random"  # "random": one caption an image an epoch; "all": all five
+    keep: str = "best"  # checkpoints kept: "best" and last, or "all" as the original
+    best_by: str = "loss"  # on the validation split: lowest "loss", or highest "cider" (slow)
     # how captions are written (04_evaluate)
     num_beams: int = 5  # beams of the search
     eval_batch_size: int = 32  # images captioned at once
@@ -135,11 +137,13 @@ class Config:
 
     def __post_init__(self): _check_config(self)
 
-# %% ../nbs/00_core.ipynb #9b319403
+# %% ../nbs/00_core.ipynb #39f83915
 _CHOICES = {
     "split": ("random", "official"),
     "on_bad_image": ("stop", "skip"),
     "caption_sampling": ("random", "all"),
+    "keep": ("best", "all"),
+    "best_by": ("loss", "cider"),
     "device": ("auto", "cpu", "cuda", "mps"),
 }
 _AT_LEAST = {  # smallest possible value of each number
@@ -192,13 +196,13 @@ def make_config(
     return dataclasses.replace(
         PRESETS[preset], **{k: v for k, v in changes.items() if v is not None})
 
-# %% ../nbs/00_core.ipynb #352f43e4
+# %% ../nbs/00_core.ipynb #698633e6
 STAGE_FIELDS = {
     "01_data": ("data_root", "split", "on_bad_image", "clip_model", "embeddings", "seed"),
     "02_model": ("gpt2_model", "prefix_length", "num_layers", "num_heads", "feedforward_dim",
                  "dropout"),
     "03_train": ("epochs", "batch_size", "learning_rate", "weight_decay", "max_length",
-                 "caption_sampling"),
+                 "caption_sampling", "keep", "best_by"),
     "04_evaluate": ("num_beams", "eval_batch_size"),
     "05_error_analysis": (),
 }

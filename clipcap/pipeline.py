@@ -172,7 +172,7 @@ def collect_captions(
                           "human": [human[n] for n in chosen], "cider": cider[chosen].round(4).values})
     with atomic_path(path) as temporary: table.to_csv(temporary, index=False)
 
-# %% ../nbs/11_pipeline.ipynb #d9739319
+# %% ../nbs/11_pipeline.ipynb #69f926c8
 def parse_changes(
     words: list[str],  # such as ["epochs=5", "learning_rate=1e-3"]
 ) -> dict:  # field -> value, numbers as numbers
@@ -201,7 +201,11 @@ def main(
     changes = parse_changes(change)
     runs = [(f"{run}-{s}", {**changes, "seed": int(s)}) for s in seeds.split()] or [(run, changes)]
     for name, more in runs:
-        run_stages(name, preset, force, **more)
+        try: run_stages(name, preset, force, **more)
+        except KeyboardInterrupt:
+            print(f"\nstopped by hand; what run {name!r} has finished is kept: the same command goes on",
+                  file=sys.stderr)
+            raise SystemExit(130) from None
         print(f"\n{name}\n{summary(Run(name))}")
     if table:
         path = resolve_path(table)
