@@ -97,11 +97,10 @@ def start_java():
             finally: os.environ.update(hidden)
         _STARTED_IN.append(os.getpid())
 
-# %% ../nbs/03b_spice.ipynb #3d5796a8
+# %% ../nbs/03b_spice.ipynb #7ea7082d
 @cache
 def _meteor():
     "METEOR's scorer for English, which takes seconds to read its paraphrases, and its class of counts."
-    start_java()
     configuration = jpype.JClass("edu.cmu.meteor.scorer.MeteorConfiguration")()
     configuration.setLanguage("en")
     configuration.setNormalization(jpype.JClass("edu.cmu.meteor.util.Constants").NORMALIZE_KEEP_PUNCT)
@@ -125,6 +124,7 @@ def meteor(
 ) -> tuple[list[float], np.ndarray]:  # METEOR of each image, in [0, 1]; counts (images, 23)
     "METEOR 1.5 for English, as pycocoevalcap sets it up (Denkowski and Lavie 2014)."
     with _JAVA:
+        start_java()
         scorer, Stats = _meteor()
         scores, rows = [], []
         for image_id, hypothesis in hypotheses.items():
@@ -142,6 +142,7 @@ def meteor_corpus(
 ) -> float:  # in [0, 1]
     "METEOR of all the images whose counts were summed."
     with _JAVA:
+        start_java()
         scorer, Stats = _meteor()
         stats = Stats(" ".join(repr(float(n)) for n in counts))
         scorer.computeMetrics(stats)
@@ -339,7 +340,7 @@ def fetch(
     "Get the files that SPICE needs (`python -m clipcap.spice`) and say where they came from."
     for name, origin in gather_files(jars).items(): print(f"{name:55} from {origin}")
 
-# %% ../nbs/03b_spice.ipynb #17889875
+# %% ../nbs/03b_spice.ipynb #6e6312df
 MOST_THREADS = 8  # that parse at once: each needs 50 MB for a sentence of 40 words
 
 
@@ -371,7 +372,6 @@ def _quiet_java():
 def _spice():
     "SPICE's parser with a pipeline that leaves out named entities, and the methods of it that we call."
     gather_files()
-    start_java()
     for path in spice_class_path(): jpype.addClassPath(path)
     JClass = jpype.JClass
     Parser, Graph = JClass("edu.anu.spice.SpiceParser"), JClass("edu.anu.spice.SceneGraph")
@@ -391,7 +391,7 @@ def _spice():
                            synsets=lambda word: synsets.invoke(graph, word),
                            lists=JClass("edu.anu.spice.TupleFilter"))
 
-# %% ../nbs/03b_spice.ipynb #e987c94a
+# %% ../nbs/03b_spice.ipynb #db1c7839
 MOST_WORDS = 100  # words and signs of a caption
 MOST_CHARACTERS = 1000
 
@@ -413,6 +413,7 @@ def parse_with_java(
         if "out of memory" in str(said): raise MemoryError(str(said))
         return {c: [[str(word) for word in words] for words in found.get(c)] for c in some}
     with _JAVA:
+        start_java()
         java = _spice()
         try: return parsed(captions)
         except (jpype.JException, MemoryError):
@@ -491,7 +492,7 @@ def parse(
     """
     return {c: [tuple(words) for words in tuples] for c, tuples in _parse(captions).items()}
 
-# %% ../nbs/03b_spice.ipynb #a05ebcc1
+# %% ../nbs/03b_spice.ipynb #ece07f38
 @dataclass
 class Concept:
     "Words that mean the same."
@@ -521,6 +522,7 @@ def find_synsets(
 ) -> dict[str, list[int]]:  # word -> numbers of its synsets
     "METEOR's WordNet, as SPICE asks it: by the word and by its base form."
     with _JAVA:
+        start_java()
         found = {word: str(_spice().synsets(word)) for word in words}  # "[1071, 29]"
     return {word: sorted(map(int, re.findall(r"\d+", text))) for word, text in found.items()}
 
@@ -567,14 +569,16 @@ def merge_tuples(
         graph += [(thing,), *((thing, attribute) for attribute in attributes.get(n, []))]
     return graph + [(things[a], r, things[b]) for (a, b), between in relations.items() for r in between]
 
-# %% ../nbs/03b_spice.ipynb #0135a0e5
+# %% ../nbs/03b_spice.ipynb #debd0f9a
 CATEGORIES = ("object", "attribute", "relation", "cardinality", "color", "size")
 _LISTS = {"cardinality": "smallNumbers", "color": "commonColors", "size": "sizeAdjectives"}
 
 
 def _find_lists(names):
     "The tool's lists of words that make an attribute a number, a colour or a size."
-    lists = _spice().lists
+    with _JAVA:
+        start_java()
+        lists = _spice().lists
     return {name: sorted(str(word) for word in getattr(lists, _LISTS[name])) for name in names}
 
 
