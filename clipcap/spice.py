@@ -232,7 +232,7 @@ def folder_source(
         raise FileNotFoundError(f"it has no {CODE if name == CODE else MODELS}")
     return read
 
-# %% ../nbs/03b_spice.ipynb #83dc4c4b
+# %% ../nbs/03b_spice.ipynb #0db1b4a7
 MAVEN_PATH = "edu/stanford/nlp/stanford-corenlp/3.6.0"  # in any Maven repository
 TIMEOUT = (5, 30)  # seconds to connect, and to wait for the next bytes
 
@@ -255,7 +255,6 @@ def download(
 @contextmanager
 def maven_source(
     url: str,  # a Maven repository, such as Central
-    folder: Path,  # where the whole models jar may lie for a while
     files: dict = FILES,  # name -> bytes, SHA-256
 ) -> Iterator[Source]:
     "Files from a Maven repository, by ranges where it can and else out of the whole jar."
@@ -263,21 +262,18 @@ def maven_source(
     from remotezip import RangeNotSupported, RemoteZip
     base, opened = f"{url.rstrip('/')}/{MAVEN_PATH}", []
 
+    def whole(name):
+        file = BytesIO()
+        download(session, f"{base}/{name}", file)
+        return file.getvalue()
+
     def open_models():
         try: return RemoteZip(f"{base}/{MODELS}", session=session, timeout=TIMEOUT)
         except RangeNotSupported:
-            whole = folder/f".{MODELS}.{os.getpid()}"
-            try:
-                with open(whole, "wb") as file: download(session, f"{base}/{MODELS}", file)
-                content = check_bytes(MODELS, whole.read_bytes(), files)
-            finally: whole.unlink(missing_ok=True)
-            return zipfile.ZipFile(BytesIO(content))
+            return zipfile.ZipFile(BytesIO(check_bytes(MODELS, whole(MODELS), files)))
 
     def read(name):
-        if name == CODE:
-            file = BytesIO()
-            download(session, f"{base}/{CODE}", file)
-            return file.getvalue()
+        if name == CODE: return whole(CODE)
         if not opened: opened.append(open_models())
         return opened[0].read(name)
 
@@ -286,7 +282,7 @@ def maven_source(
         finally:
             for models in opened: models.close()
 
-# %% ../nbs/03b_spice.ipynb #e829c15f
+# %% ../nbs/03b_spice.ipynb #7de6a64e
 def _take(missing, folder, source, files):
     "Move what `source` has of `missing` into `folder`; the names it gave, and its first error."
     taken = []
@@ -334,8 +330,7 @@ def gather_files(
         ask(str(local), folder_source(local))
     if missing:
         url = os.environ.get("CLIPCAP_MAVEN", MAVEN_CENTRAL_URL)
-        folder.mkdir(parents=True, exist_ok=True)
-        with maven_source(url, folder, files) as source: ask(url, source)
+        with maven_source(url, files) as source: ask(url, source)
     if missing: raise SpiceFilesMissing(_advice(missing, reasons, files))
     return came_from
 
@@ -427,7 +422,7 @@ def parse_with_java(
             if len(captions) == 1: return {}
     return {c: tuples for one in captions for c, tuples in parse_with_java([one]).items()}
 
-# %% ../nbs/03b_spice.ipynb #d72bcbfd
+# %% ../nbs/03b_spice.ipynb #0d94accb
 _KNOWN: dict[str, dict] = {}  # kind -> key -> value: this process's copy
 
 
@@ -467,7 +462,7 @@ def look_up(
         rows = _facts("SELECT value FROM facts WHERE kind=? AND key=?", [(kind, key) for key in unknown])
         known.update({key: json.loads(row[0]) for key, row in zip(unknown, rows) if row})
     new = [key for key in unknown if key not in known]
-    with tqdm(total=len(new), desc=title, disable=not (title and new)) as bar:
+    with tqdm(total=len(new), desc=title, **({} if title and new else {"disable": True})) as bar:
         for some in (new[start:start + batch] for start in range(0, len(new), batch)):
             found = find(some)
             known.update(found)
