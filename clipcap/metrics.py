@@ -305,7 +305,7 @@ def check_pairs(
     stop_if([i for i, r in references.items() if not len(r)], "have an empty list of references",
             "add at least one, or leave these images out of both")
 
-# %% ../nbs/03c_metrics.ipynb #983af034
+# %% ../nbs/03c_metrics.ipynb #2fc42121
 @dataclass(frozen=True, eq=False)
 class Scores:
     "What `score` found."
@@ -338,10 +338,11 @@ def as_scores(
     "Put columns together."
     nothing = mean_of_images([float("nan")]*len(ids))
     columns = {n: columns.get(n, nothing) for n in names}
-    return Scores({n: c.corpus for n, c in columns.items()},
-                  pd.DataFrame({n: c.images for n, c in columns.items()}, dtype=float,
-                               index=pd.Index(ids, name="image_id")),
-                  protocol, {n: why for n, why in unavailable.items() if n in names}, columns)
+    corpus = {n: c.corpus for n, c in columns.items()}
+    reasons = {n: unavailable.get(n, "no image has such a score") for n in names if np.isnan(corpus[n])}
+    per_image = pd.DataFrame({n: c.images for n, c in columns.items()}, dtype=float,
+                             index=pd.Index(ids, name="image_id"))
+    return Scores(corpus, per_image, protocol, reasons, columns)
 
 
 def with_words(
