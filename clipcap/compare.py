@@ -154,7 +154,7 @@ def nearest_training_images(
         best = top, joined[1].gather(1, index)
     return {name: [train[i] for i in row] for name, row in zip(names, best[1].tolist())}
 
-# %% ../nbs/04b_compare.ipynb #eb750c7d
+# %% ../nbs/04b_compare.ipynb #470ef000
 class CiderVectors:
     "Captions as vectors whose product is their CIDEr similarity (Vedantam et al. 2015), in [0, 1]."
 
@@ -181,11 +181,14 @@ class CiderVectors:
     def similarity(self, captions: list[str]) -> np.ndarray:  # (C, C)
         "Similarity of each pair of training captions."
         numbers, weights = zip(*map(self.sparse, captions))
-        _, places = np.unique(np.concatenate(numbers), return_inverse=True)
+        _, places, uses = np.unique(np.concatenate(numbers), return_inverse=True, return_counts=True)
+        shared = uses > 1  # a run of one caption alone makes it similar to no other
         rows = np.repeat(np.arange(len(captions)), [len(n) for n in numbers])
-        vectors = np.zeros((len(captions), 1 + max(places, default=0)), "float32")
-        vectors[rows, places] = np.concatenate(weights)
-        return vectors @ vectors.T
+        vectors, keep = np.zeros((len(captions), shared.sum()), "float32"), shared[places]
+        vectors[rows[keep], (shared.cumsum() - 1)[places[keep]]] = np.concatenate(weights)[keep]
+        result = vectors @ vectors.T
+        np.fill_diagonal(result, [w @ w for w in weights])
+        return result
 
 
 def consensus(
