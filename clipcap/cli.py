@@ -23,7 +23,7 @@ from .core import atomic_path, write_json
 from .evaluate import null_for_nan
 from .metrics import Scores, diversity, intervals, score, tokenize
 
-# %% ../nbs/12_cli.ipynb #d8dcf44d
+# %% ../nbs/12_cli.ipynb #b5982ce4
 def _json_pairs(value, path) -> Iterator[tuple]:
     "Pairs (image id, caption) of COCO's two formats and of a plain object; either may be None."
     rows = value.get("annotations", value) if isinstance(value, dict) else value
@@ -42,8 +42,8 @@ def _csv_pairs(text, path) -> Iterator[tuple]:
     rows = csv_files.reader(io.StringIO(text, newline=""))
     header = [h.strip() for h in next(rows, [])]
     if header != ["image", "caption"]:
-        raise ValueError(f"{path} is neither JSON nor a CSV with the header image,caption; its first line "
-                         f"is {','.join(header)[:60]!r}")
+        raise ValueError(f"{path} is neither JSON nor a CSV with the header image,caption; its first "
+                         f"line is {','.join(header)[:60]!r}")
     for row in rows:
         if row: yield row[0].strip(), ",".join(row[1:])  # a comma that the file failed to quote
 
@@ -62,7 +62,7 @@ def read_pairs(
         raise ValueError(f"{path} is broken JSON ({error}); write it again") from None
     return list(_json_pairs(value, path))
 
-# %% ../nbs/12_cli.ipynb #f455cd72
+# %% ../nbs/12_cli.ipynb #8ae740c4
 def _tell(notes, ids, what):
     "Count images in `notes`, and warn with the first few ids."
     ids = list(dict.fromkeys(ids))
@@ -117,13 +117,14 @@ def match(
     if not both:
         raise ValueError("no image has both a caption and references: the captions are of "
                          f"{', '.join(list(captions)[:3]) or 'nothing'}, the references of "
-                         f"{', '.join(list(references)[:3]) or 'nothing'}; write ids the same way in both")
+                         f"{', '.join(list(references)[:3]) or 'nothing'}; write ids the same way "
+                         "in both")
     _tell(notes, [i for i in captions if i not in references], "captions without references, left out")
     _tell(notes, [i for i in references if i not in captions],
           "images with references but without a caption, left out")
     return {i: captions[i] for i in both}, {i: references[i] for i in both}
 
-# %% ../nbs/12_cli.ipynb #af496414
+# %% ../nbs/12_cli.ipynb #ecd54d40
 def written_under(
     path: str | Path,  # a captions file
 ) -> dict:  # what is known of the model that wrote it; {} for files that are not ours
@@ -143,7 +144,8 @@ def score_report(
 ) -> str:  # for the terminal
     "Scores with intervals, what is missing and why, and the protocol."
     table = pd.DataFrame(bounds, index=["low", "high"]).T.assign(score=scores.corpus)
-    lines = [table[["score", "low", "high"]].drop(index=list(scores.unavailable)).round(4).to_string(), ""]
+    table = table.drop(index=list(scores.unavailable))[["score", "low", "high"]]
+    lines = [table.round(4).to_string(), ""]
     for reason in dict.fromkeys(scores.unavailable.values()):
         missing = [n for n, why in scores.unavailable.items() if why == reason]
         lines += [f"missing: {', '.join(missing)}: {reason}"]
@@ -165,15 +167,16 @@ def score_files(
     own, people = match(collect_captions(read_pairs(captions), notes),
                         collect_references(read_pairs(references), notes, tokenization), notes)
     scores = score(own, people, metrics.replace(",", " ").split() or None, tokenization)
-    scores.protocol.update(captions=str(captions), reference_file=str(references), **written_under(captions),
-                           interval=f"95% of {resamples} bootstrap samples of the images, seed {seed}", **notes)
+    scores.protocol.update(
+        captions=str(captions), reference_file=str(references), **written_under(captions),
+        interval=f"95% of {resamples} bootstrap samples of the images, seed {seed}", **notes)
     bounds = intervals(scores, resamples, seed)
     if csv:
         with atomic_path(csv) as temporary: scores.per_image.to_csv(temporary)
     if json: write_json(json, {
         "corpus": null_for_nan(scores.corpus), "intervals": null_for_nan(bounds),
-        "unavailable": scores.unavailable,
-        "diversity": null_for_nan(diversity(own, tokenization=tokenization)), "protocol": scores.protocol})
+        "unavailable": scores.unavailable, "protocol": scores.protocol,
+        "diversity": null_for_nan(diversity(own, tokenization=tokenization))})
     print(score_report(scores, bounds))
     return scores
 

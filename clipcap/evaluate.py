@@ -6,21 +6,20 @@
 __all__ = ['caption_images', 'write_captions', 'read_captions_json', 'subset_scores', 'score_split', 'null_for_nan',
            'evaluate_run', 'show_captions', 'Scores', 'score']
 
-# %% ../nbs/04_evaluate.ipynb #37e6f6ff
+# %% ../nbs/04_evaluate.ipynb #acfa4070
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
-import torch
 from tqdm import tqdm
 
-from .core import Config, Run, atomic_path, save_figure, write_json
+from .core import Config, Run, atomic_path, write_json
 from .data import Data, Embeddings, load_data, show_photos
 from .metrics import (CLIP_COLUMNS, MEANS, METRICS, Scores, as_scores, attempt, clip_scores,
-                             diversity, encode_texts, intervals, score)
+                             diversity, intervals, score, text_encoder)
 from .model import ClipCapModel, checkpoint_path, generate_from_embeddings, load_run
 
 # %% ../nbs/04_evaluate.ipynb #ffa81f4f
@@ -71,13 +70,12 @@ def subset_scores(
     groups = scores.per_image.groupby(subset.reindex(scores.per_image.index).values)
     return groups[means].mean().assign(images=groups.size())[["images", *means]]
 
-# %% ../nbs/04_evaluate.ipynb #083410e2
+# %% ../nbs/04_evaluate.ipynb #e7b38dc2
 def score_split(
     captions: dict[str, str],  # image -> caption, of every image of the split
     data: Data,  # references and embeddings
     split: str,  # "train", "val" or "test"
-    clip_model: torch.nn.Module | None,  # that made the embeddings; None: they were given
-    clip_name: str,  # that it was loaded by
+    encode: Callable | None,  # `text_encoder` of the CLIP that made the embeddings; None: there is none
     metrics: list[str] | None = None,  # columns, also of `CLIP_COLUMNS`; None: all of them
     tokenization: str = "ptb",  # as in `score`
 ) -> Scores:  # its protocol begins with the split
@@ -88,16 +86,16 @@ def score_split(
     scores = score(captions, references, [n for n in names if n not in CLIP_COLUMNS], tokenization)
 
     def compute():
-        if clip_model is None: raise ValueError("the run was given embeddings, so there is no CLIP "
-                                                "to read captions with")
-        return clip_scores(data.embeddings.stack(list(captions)), captions, references,
-                           partial(encode_texts, clip_model, clip_name))
+        if encode is None: raise ValueError("the run was given embeddings, so there is no CLIP to read "
+                                            "captions with")
+        return clip_scores(data.embeddings.stack(list(captions)), captions, references, encode)
 
     columns, reasons = attempt(compute, by_clip) if by_clip else ({}, {})
     return as_scores(names, list(captions), scores.columns | columns, scores.unavailable | reasons,
-                     {"split": split, **scores.protocol, "metrics": names})
+                     {"split": split, **scores.protocol, "metrics": names}
+                     | ({"clip": data.embeddings.encoder} if columns else {}))
 
-# %% ../nbs/04_evaluate.ipynb #16990d5f
+# %% ../nbs/04_evaluate.ipynb #721beed5
 def null_for_nan(
     numbers: dict,  # name -> number, or a pair of them
 ) -> dict:  # the same, with None in place of NaN
@@ -117,7 +115,8 @@ def evaluate_run(
     data, model = load_data(run, config), load_run(run.name, epoch, config.device)
     captions = caption_images(model, data.embeddings, list(data.references(split)), config)
     write_captions(run.path/f"captions_{split}.json", captions)
-    scores = score_split(captions, data, split, model.clip, config.clip_model)
+    encode = model.clip and text_encoder(model.clip, config.clip_model)
+    scores = score_split(captions, data, split, encode)
     protocol = {**scores.protocol, "num_beams": config.num_beams, "max_length": config.max_length,
                 "checkpoint": checkpoint_path(run, epoch).name, "preset": run.manifest["preset"],
                 "seed": config.seed, "data_hash": run.stage_entry("01_data")["data_hash"][:12],

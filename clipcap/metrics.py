@@ -8,15 +8,15 @@ __all__ = ['JARS', 'JAVA_OPTIONS', 'JAVA_VARIABLES', 'BARRIER', 'Columns', 'BLEU
            'CLIP_PREFIX', 'CLIP_WEIGHT', 'CLIP_COLUMNS', 'java', 'ptb_lines', 'tokenize', 'Column', 'ratio',
            'mean_of_images', 'average', 'pool_bleu', 'bleu', 'image_scores', 'rouge_l', 'cider', 'pool_meteor',
            'meteor', 'spice', 'check_pairs', 'Scores', 'attempt', 'as_scores', 'with_words', 'check_metrics', 'score',
-           'resample', 'middle', 'intervals', 'encode_texts', 'clip_scores', 'self_bleu', 'diversity']
+           'resample', 'middle', 'intervals', 'encode_texts', 'text_encoder', 'clip_scores', 'self_bleu', 'diversity']
 
-# %% ../nbs/03c_metrics.ipynb #a50ccfd9
+# %% ../nbs/03c_metrics.ipynb #76f9e7c1
 import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -442,7 +442,7 @@ def intervals(
     return {name: middle(column.pool(part), level) for (name, column), part
             in zip(columns.items(), np.split(sums, ends[:-1], axis=1))}
 
-# %% ../nbs/03c_metrics.ipynb #df693dbb
+# %% ../nbs/03c_metrics.ipynb #7aa8984e
 CLIP_PREFIX, CLIP_WEIGHT = "A photo depicts ", 2.5
 CLIP_COLUMNS = ["clipscore", "refclipscore"]
 
@@ -475,11 +475,26 @@ def encode_texts(
     return torch.nn.functional.normalize(torch.cat(parts).double(), dim=1).numpy()
 
 
+def text_encoder(
+    clip_model: torch.nn.Module,  # `clip.model.CLIP`, from `load_clip`
+    name: str,  # that it was loaded by
+) -> Callable:  # texts -> (T, D) of length 1
+    "`encode_texts` that reads each different text once, however often it is asked."
+    known = {}
+
+    def encode(texts):
+        new = [t for t in dict.fromkeys(texts) if t not in known]
+        if new: known.update(zip(new, encode_texts(clip_model, name, new)))
+        return np.stack([known[t] for t in texts])
+
+    return encode
+
+
 def clip_scores(
     images: torch.Tensor,  # (N, D) embeddings of the images, in the order of `captions`
     captions: dict[str, str],  # image id -> caption, as written
     references: dict[str, list[str]],  # the same ids -> what people wrote
-    encode: Callable,  # texts -> (T, D) of length 1
+    encode: Callable,  # from `text_encoder`
 ) -> Columns:  # `clipscore` in [0, 2.5], `refclipscore`
     "CLIPScore and RefCLIPScore (Hessel et al. 2021)."
     images = torch.nn.functional.normalize(images.double(), dim=1).numpy()
