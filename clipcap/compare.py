@@ -46,7 +46,7 @@ def paired_test(
     (low, high), p = middle(drawn), float((1 + extreme.sum())/(1 + resamples))
     return {"difference": found, "low": low, "high": high, "p": p}
 
-# %% ../nbs/04b_compare.ipynb #3c1e3315
+# %% ../nbs/04b_compare.ipynb #82a8e930
 def mark(
     p: float,  # p-value; NaN where nothing was tested
 ) -> str:  # "" or one to three stars
@@ -99,9 +99,9 @@ def side_by_side(
 ) -> pd.DataFrame:  # one row a system, one column a metric: "0.402 [0.374, 0.430] **"
     "The table as it goes into a paper."
     cells = pd.Series([f"{row.score:.3f} [{row.low:.3f}, {row.high:.3f}] {row['mark']}".strip()
-                       for _, row in table.iterrows()], index=table.index)
+                       for _, row in table.iterrows()], index=table.index)[table.score.notna()]
     metrics, systems = (table.index.unique(level) for level in (0, 1))
-    return cells.unstack("metric").reindex(index=systems, columns=metrics)
+    return cells.unstack("metric").reindex(index=systems, columns=metrics).fillna("–")
 
 # %% ../nbs/04b_compare.ipynb #9a5b5870
 def human_scores(
@@ -266,7 +266,7 @@ def check_references(
                          f"{len(theirs)} images, {same} are the same with the same references; use the "
                          "same data, and split='official' or the same seed")
 
-# %% ../nbs/04b_compare.ipynb #c02d5135
+# %% ../nbs/04b_compare.ipynb #cc4a415c
 OWN = ("num_beams", "max_length", "checkpoint", "preset", "seed")  # what a protocol says of one system
 
 
@@ -311,8 +311,9 @@ def write_comparison(
     with atomic_path(f"{path}.csv") as temporary: table.to_csv(temporary, index=False)
     rows = [{k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()}
             for row in table.to_dict("records")]
-    write_json(f"{path}.json", {"table": rows, "protocol": comparison.protocol,
-                                "systems": comparison.systems})
+    write_json(f"{path}.json", {
+        "table": rows, "protocol": comparison.protocol, "systems": comparison.systems,
+        "unavailable": {name: s.unavailable for name, s in comparison.scores.items()}})
 
 # %% ../nbs/04b_compare.ipynb #34262aca
 def plot_comparison(
