@@ -23,7 +23,7 @@ from .core import atomic_path, write_json
 from .evaluate import null_for_nan
 from .metrics import Scores, diversity, intervals, score, tokenize
 
-# %% ../nbs/12_cli.ipynb #b5982ce4
+# %% ../nbs/12_cli.ipynb #570bc269
 def _json_pairs(value, path) -> Iterator[tuple]:
     "Pairs (image id, caption) of COCO's two formats and of a plain object; either may be None."
     rows = value.get("annotations", value) if isinstance(value, dict) else value
@@ -38,14 +38,17 @@ def _json_pairs(value, path) -> Iterator[tuple]:
 
 
 def _csv_pairs(text, path) -> Iterator[tuple]:
-    "Pairs (image id, caption) of a CSV with the header image,caption."
+    "Pairs (image id, caption) of a CSV with the columns image and caption."
     rows = csv_files.reader(io.StringIO(text, newline=""))
     header = [h.strip() for h in next(rows, [])]
-    if header != ["image", "caption"]:
+    if not {"image", "caption"} <= set(header):
         raise ValueError(f"{path} is neither JSON nor a CSV with the header image,caption; its first "
                          f"line is {','.join(header)[:60]!r}")
     for row in rows:
-        if row: yield row[0].strip(), ",".join(row[1:])  # a comma that the file failed to quote
+        if not row: continue
+        if header == ["image", "caption"]: row[1:] = [",".join(row[1:])]  # a comma left unquoted
+        cells = dict(zip(header, row))
+        yield cells.get("image", "").strip(), cells.get("caption")
 
 
 def read_pairs(
