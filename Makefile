@@ -3,6 +3,7 @@
 # make real     three seeds on real photographs, table in outputs/real.csv
 # make flickr8k the original at full size: downloads what is missing, wants a GPU; PRESET and RUN are flickr8k
 # make full-size-check   the same road with random weights of full size and 64 photos, minutes on 2 cores
+# make compare RUNS="demo other"   runs side by side, with intervals, tests and yardsticks
 # make mini     draw the embedded scenes and train the miniature backbones anew
 # make export   notebooks -> clipcap/ and README.md
 # make lab      JupyterLab
@@ -17,7 +18,7 @@ PRESET ?= mini
 SET ?=
 FORCE ?=
 
-.PHONY: run test real flickr8k full-size-check mini export readme lab
+.PHONY: run test real flickr8k full-size-check compare mini export readme lab
 
 run: $(VENV)/installed
 	$(BIN)/python -m clipcap.pipeline --run $(RUN) --preset $(PRESET) $(if $(FORCE),--force) $(SET)
@@ -44,6 +45,10 @@ full-size-check: $(VENV)/installed
 	@mkdir -p outputs/full-size-check
 	$(BIN)/papermill nbs/13_full_size.ipynb outputs/full-size-check/13_full_size.ipynb -k python3 \
 		-p size full -p data_root $(DATA_ROOT)
+
+RUNS ?= $(RUN)
+compare: $(VENV)/installed
+	$(BIN)/papermill nbs/04b_compare.ipynb outputs/compare.ipynb -k python3 -p runs "$(RUNS)"
 
 mini: $(VENV)/installed
 	$(BIN)/papermill nbs/09_mini.ipynb outputs/09_mini.ipynb -k python3 -p train True

@@ -22,5 +22,6 @@ setup(
     package_data={settings["lib_path"]: ["assets/**/*"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
+    entry_points={"console_scripts": settings["console_scripts"].split()},
     extras_require={"dev": settings["dev_requirements"].split()},
 )

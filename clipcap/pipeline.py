@@ -119,7 +119,7 @@ def _remember(run, stage, now, complete):
     "Note in `run.json` what a stage was run from, and whether its notebook ran to the end."
     run.update(pipeline={**run.manifest.get("pipeline", {}), stage: {**now, "complete": complete}})
 
-# %% ../nbs/11_pipeline.ipynb #68b2c17b
+# %% ../nbs/11_pipeline.ipynb #3a5a394d
 def summary(
     run: Run,  # evaluated on the split "test"
 ) -> str:  # for the terminal
@@ -129,8 +129,13 @@ def summary(
     captions = json.loads((run.path/"captions_test.json").read_text("utf-8"))
     controls = pd.read_csv(run.path/"controls_test.csv", index_col=0)
     table = pd.read_csv(run.path/"captions_table.csv", keep_default_na=False)
-    lines = [pd.Series(scores["corpus"], name="test").round(4).to_frame().T.to_string(), "",
-             controls.round(4).to_string(), ""]
+    corpus = pd.Series(scores["corpus"], dtype=float).rename("test").to_frame()
+    bounds = pd.DataFrame(scores["intervals"], index=["low", "high"], dtype=float).T
+    lines = [corpus.join(bounds).dropna().round(4).to_string(), ""]
+    for reason in dict.fromkeys(scores["unavailable"].values()):
+        which = ", ".join(n for n, why in scores["unavailable"].items() if why == reason)
+        lines += [f"{which}: {reason}", ""]
+    lines += [controls.round(4).to_string(), ""]
     if scores["subsets"]: lines += [pd.DataFrame(scores["subsets"]).T.round(4).to_string(), ""]
     for caption in captions[::max(1, len(captions)//3)][:3]:
         reference = table[table.image == caption["image_id"]].caption.iloc[0]

@@ -6,7 +6,7 @@
 __all__ = ['epoch_loader', 'validation_loss', 'validation_cider', 'finish_epoch', 'trained_so_far', 'recipe_changes', 'resume',
            'train', 'train_run', 'plot_losses', 'watch']
 
-# %% ../nbs/03_train.ipynb #ce6a049c
+# %% ../nbs/03_train.ipynb #2ffcf2fd
 import json
 import shutil
 import time
@@ -21,8 +21,9 @@ from tqdm import tqdm
 from .core import (Config, Run, atomic_path, save_figure, seed_everything, stage_config,
                           write_json)
 from .data import FlickrDataset, load_data
-from .model import (ClipCapModel, best_epoch, load_checkpoint, load_model, read_metrics,
-                           save_checkpoint)
+from .metrics import score
+from .model import (ClipCapModel, best_epoch, caption_images, load_checkpoint, load_model,
+                           read_metrics, save_checkpoint)
 
 # %% ../nbs/03_train.ipynb #8976c97c
 def epoch_loader(
@@ -51,14 +52,13 @@ def validation_loss(
     model.train(was_training)
     return total/tokens
 
-# %% ../nbs/03_train.ipynb #c13ecef0
+# %% ../nbs/03_train.ipynb #84f13e5c
 def validation_cider(
     model: ClipCapModel,  # any
     val_set: FlickrDataset,  # the validation split
     config: Config,  # how captions are written
 ) -> float:  # CIDEr, 0 to 10
     "CIDEr of the captions that a model writes for the validation images."
-    from clipcap.evaluate import caption_images, score
     captions = caption_images(model, val_set.embeddings, val_set.images, config)
     return score(captions, val_set.references, metrics=["cider"]).corpus["cider"]
 
