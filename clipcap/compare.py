@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['OWN', 'paired_test', 'mark', 'in_order', 'compare_scores', 'side_by_side', 'human_scores', 'most_common_caption',
-           'nearest_training_images', 'CiderVectors', 'consensus', 'yardstick_captions', 'Comparison', 'read_run',
-           'check_references', 'compare', 'write_comparison', 'plot_comparison']
+           'mean_embedding', 'nearest_training_images', 'CiderVectors', 'consensus', 'shuffle_images',
+           'control_captions', 'yardstick_captions', 'Comparison', 'read_run', 'check_references', 'compare',
+           'write_comparison', 'plot_comparison']
 
-# %% ../nbs/04b_compare.ipynb #5352a62a
+# %% ../nbs/04b_compare.ipynb #243140e8
 import json
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from .data import Data, load_clip, load_data
 from .evaluate import read_captions_json, score_split
 from .metrics import (CLIP_COLUMNS, Column, Scores, as_scores, average, intervals, middle,
                              resample, score, text_encoder, tokenize)
+from .model import ClipCapModel, generate_from_embeddings, load_run
 
 # %% ../nbs/04b_compare.ipynb #6ba42746
 def paired_test(
@@ -125,7 +127,7 @@ def human_scores(
                      {n: why for r in rounds for n, why in r.unavailable.items()},
                      {**one.protocol, "rounds": len(rounds)})
 
-# %% ../nbs/04b_compare.ipynb #ebdeabb5
+# %% ../nbs/04b_compare.ipynb #750183c9
 def most_common_caption(
     training: list[str],  # captions
     words: list[str] | None = None,  # the same, tokenized; None: done here
@@ -137,14 +139,23 @@ def most_common_caption(
     return training[words.index(best)]
 
 
+def mean_embedding(
+    data: Data,  # its training split
+) -> torch.Tensor:  # (D,)
+    "The average of the training images' embeddings, one row in memory at a time."
+    names = data.split("train").image.unique()
+    total = torch.zeros(data.embeddings.dim, dtype=torch.float64)
+    for name in names: total += data.embeddings[name]
+    return (total/len(names)).float()
+
+
 def nearest_training_images(
     data: Data,  # table and embeddings
     names: list[str],  # images to find neighbours of
     number: int = 60,  # how many; fewer where the training split is smaller
 ) -> dict[str, list[str]]:  # image -> training images, the most similar first
     "Nearest training images by the cosine of embeddings, less their mean over the training split."
-    train = sorted(set(data.split("train").image))
-    mean = sum(data.embeddings[n].double() for n in train)/len(train)
+    train, mean = sorted(set(data.split("train").image)), mean_embedding(data).double()
     def directions(images): return torch.nn.functional.normalize(
         data.embeddings.stack(images).double() - mean, dim=1)
     queries = directions(names)
@@ -204,6 +215,33 @@ def consensus(
     np.fill_diagonal(similarity, -np.inf)  # last in order: a caption's agreement with itself is no news
     count = max(1, min(subset, len(similarity) - 1))
     return int(np.argmax(-np.sort(-similarity, axis=1)[:, :count].mean(1)))
+
+# %% ../nbs/04b_compare.ipynb #c6c1c242
+def shuffle_images(
+    names: list[str],  # at least two images
+    seed: int,  # of the shuffle
+) -> dict[str, str]:  # image -> another image; each is used once
+    "Give every image another one's place; none keeps its own."
+    if len(names) < 2: raise ValueError(f"shuffling needs at least 2 images, found {len(names)}")
+    order = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+    return dict(zip(order, order[1:] + order[:1]))
+
+# %% ../nbs/04b_compare.ipynb #863bc048
+def control_captions(
+    data: Data,  # table and embeddings
+    captions: dict[str, str],  # what the model wrote of each image
+    model: ClipCapModel,  # the same
+    config: Config,  # seed, beams, length
+) -> dict[str, dict[str, str]]:  # control -> image -> caption
+    "The captions of the three controls, for the same images."
+    names = list(captions)
+    swapped, near = shuffle_images(names, config.seed), nearest_training_images(data, names, 1)
+    guess = generate_from_embeddings(mean_embedding(data)[None], model, config.max_length,
+                                     config.num_beams)[0]
+    first = data.split("train").groupby("image").caption.first()
+    return {"shuffled images": {n: captions[swapped[n]] for n in names},
+            "mean embedding": {n: guess for n in names},
+            "nearest training photo": {n: first[near[n][0]] for n in names}}
 
 # %% ../nbs/04b_compare.ipynb #4f6d58b0
 def yardstick_captions(
@@ -266,7 +304,7 @@ def check_references(
                          f"{len(theirs)} images, {same} are the same with the same references; use the "
                          "same data, and split='official' or the same seed")
 
-# %% ../nbs/04b_compare.ipynb #cc4a415c
+# %% ../nbs/04b_compare.ipynb #11d55776
 OWN = ("num_beams", "max_length", "checkpoint", "preset", "seed")  # what a protocol says of one system
 
 
@@ -274,7 +312,7 @@ def compare(
     runs: list[str],  # names of evaluated runs; the others are held against the first
     split: str = "test",  # "train", "val" or "test"
     metrics: list[str] | None = None,  # columns, as for `score_split`; None: all of them
-    yardsticks: bool = False,  # add people, consensus and most common captions
+    yardsticks: bool = False,  # add people, consensus, most common and blind captions
     resamples: int = 1000,  # draws for intervals and tests
     seed: int = 0,  # of the draws
     tokenization: str = "ptb",  # as for `score`
@@ -282,13 +320,16 @@ def compare(
     "Compare runs on the same images. ValueError where a run is missing or their references differ."
     if not runs: raise ValueError("there is nothing to compare; name at least one run")
     read = {name: read_run(name, split) for name in runs}
-    config, data, captions, _ = read[runs[0]]
+    config, data, captions, protocol = read[runs[0]]
     references = data.references(split)
     check_references({name: other.references(split) for name, (_, other, _, _) in read.items()})
     encode = (None if config.embeddings
               else text_encoder(load_clip(config.clip_model)[0], config.clip_model))
     written = {name: own for name, (_, _, own, _) in read.items()}
-    if yardsticks: written |= yardstick_captions(data, list(captions))
+    if yardsticks:
+        epoch = int(Path(protocol["checkpoint"]).stem.rsplit("_", 1)[1])  # that wrote the captions
+        model = load_run(runs[0], epoch, config.device)
+        written |= control_captions(data, captions, model, config) | yardstick_captions(data, list(captions))
     scores = {name: score_split(own, data, split, encode, metrics, tokenization)
               for name, own in written.items()}
     if yardsticks:
