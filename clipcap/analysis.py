@@ -393,7 +393,7 @@ def error_rates(
     rates.loc[list(unavailable)] = float("nan")
     return rates, errors, unavailable
 
-# %% ../nbs/05_error_analysis.ipynb #63269b56
+# %% ../nbs/05_error_analysis.ipynb #83d99846
 def plot_error_rates(
     rates: pd.DataFrame,  # from `error_rates`
     ax,  # matplotlib axes
@@ -402,7 +402,8 @@ def plot_error_rates(
     rates, own = 100*rates, rates.columns[0]
     ax.barh(rates.index, rates[own], color="tab:blue", label=own)
     for who, mark, color in zip(rates.columns[1:], "D|", ("tab:orange", "black")):
-        ax.plot(rates[who], rates.index, mark, color=color, markersize=7 if mark == "D" else 14, mew=2, label=who)
+        ax.plot(rates[who], rates.index, mark, color=color, markersize=7 if mark == "D" else 14, mew=2,
+                label=who, clip_on=False)
     if rates[own].notna().any():
         ax.set_title(f"Most frequent: {rates[own].idxmax()}, in {rates[own].max():.0f}% of the {own}'s captions")
     ax.set(xlabel="captions with such an error (%)", xlim=(0, None))
@@ -420,7 +421,7 @@ def error_table(
                           "examples": kinds.image_id.agg(lambda i: ", ".join(i.unique()[:3]))})
     return table.reindex([k for k in ERROR_KINDS if k in table.index])
 
-# %% ../nbs/05_error_analysis.ipynb #45cd483b
+# %% ../nbs/05_error_analysis.ipynb #d438ebeb
 def show_errors(
     data: Data,  # photos and references
     captions: dict[str, str],  # image -> caption
@@ -428,9 +429,10 @@ def show_errors(
     title: str,  # of the page
     columns: int = 4,  # photos side by side
 ):  # matplotlib figure
-    "Photos with their caption, what is wrong with it, and a human caption."
-    human = data.captions.groupby("image").caption.first()
-    texts = [f"{captions[e.image_id]}\n[{e.kind}: {e.what}]\nhuman: {human[e.image_id]}" for e in errors.itertuples()]
+    "Photos with their caption, what is wrong with it, and the human caption that says most of what is right."
+    references = data.captions.groupby("image").caption.apply(list)
+    def human(e): return max(references[e.image_id], key=lambda text: sum(w in text.lower() for w in re.findall(r"\w+", e.what)))
+    texts = [f"{captions[e.image_id]}\n[{e.kind}: {e.what}]\nhuman: {human(e)}" for e in errors.itertuples()]
     return show_photos(data, list(errors.image_id), texts, title, columns)
 
 # %% ../nbs/05_error_analysis.ipynb #0a8c22b8
@@ -466,9 +468,9 @@ def image_table(
         "copied": [words[i, "caption"][0] in texts for i in captions]},
         index=pd.Index(list(captions), name="image_id"))
 
-# %% ../nbs/05_error_analysis.ipynb #9cf4b006
-SUSPECTS = {"difficulty": "disagreement of people (1 − ROUGE-L)", "words": "words in the caption",
-            "rarity": "rarity of people's words (−log₁₀ share)"}
+# %% ../nbs/05_error_analysis.ipynb #653c0034
+SUSPECTS = {"difficulty": "disagreement of people", "words": "words in the caption",
+            "rarity": "rarity of people's words"}  # column -> what it is
 
 
 def spearman(
@@ -496,22 +498,21 @@ def correlations(
         rows[name] = {"spearman": spearman(*both.T), "low": low, "high": high, "images": len(both)}
     return pd.DataFrame(rows).T.astype({"images": int})
 
-# %% ../nbs/05_error_analysis.ipynb #35f0067c
+# %% ../nbs/05_error_analysis.ipynb #e75220e0
 def plot_score_by(
     images: pd.DataFrame,  # from `image_table`
     score: pd.Series,  # of each image; its name labels the axis
     related: pd.DataFrame,  # from `correlations`
     axes,  # three matplotlib axes
 ):
-    "Score against each suspect: images, and means of bins of equal size with their standard errors."
+    "Score against each suspect: images (grey), and means of six bins of equal size with standard errors."
     for ax, (name, label) in zip(axes, SUSPECTS.items()):
         table = pd.DataFrame({"x": images[name], "y": score.reindex(images.index)}).dropna()
         bins = table.groupby(pd.qcut(table.x, 6, duplicates="drop"), observed=True) if table.x.nunique() > 1 else table.groupby("x")
-        ax.scatter(table.x, table.y, s=6, color="tab:gray", alpha=0.4, label="one image")
-        ax.errorbar(bins.x.mean(), bins.y.mean(), bins.y.sem().fillna(0), marker="o", capsize=4, lw=2,
-                    label="mean ± standard error")
-        ax.set(title=f"{name}: ρ = {related.spearman[name]:.2f}", xlabel=label, ylabel=score.name)
-    axes[0].legend()
+        ax.scatter(table.x, table.y, s=5, color="tab:gray", alpha=0.35)
+        ax.errorbar(bins.x.mean(), bins.y.mean(), bins.y.sem().fillna(0), marker="o", capsize=4, lw=2)
+        ax.set(title=f"{name}: ρ = {related.spearman[name]:.2f}", xlabel=label)
+    axes[0].set_ylabel(f"{score.name} (mean ± standard error)")
 
 # %% ../nbs/05_error_analysis.ipynb #71b058c9
 def copied_captions(
@@ -568,20 +569,20 @@ def plot_never_said(
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.invert_yaxis()
 
-# %% ../nbs/05_error_analysis.ipynb #3fdcabaf
+# %% ../nbs/05_error_analysis.ipynb #0495b8d4
 NONE = "(none of these)"
 
 
 def confusion(
     captions: dict[str, str],  # image -> caption
     references: dict[str, list[str]],  # image -> what people wrote
-    nouns: int = 8,  # the commonest
+    nouns: int = 10,  # the commonest
 ) -> pd.DataFrame:  # (nouns, nouns + 1): images; rows what people say, columns what the model says
     "Confusion of the commonest nouns. SpiceFilesMissing where SPICE can't be had."
     words = tokenize({(i, "caption"): [c] for i, c in captions.items()} | {i: references[i] for i in captions})
     readings, same = read_texts([text for texts in words.values() for text in texts])
     people = {i: [readings[text] for text in words[i]] for i in captions}
-    wanted = {i: majority_things(people[i], same) for i in captions}
+    wanted = {i: [ALIKE.get(t, t) for t in majority_things(people[i], same)] for i in captions}
     common = []
     for thing, _ in Counter(t for things in wanted.values() for t in things).most_common():
         if not any(same(thing, t) for t in common): common.append(thing)
@@ -610,4 +611,4 @@ def plot_confusion(
     ax.set_xticks(range(table.shape[1]), table.columns, rotation=45, ha="right")
     ax.set_yticks(range(len(table)), table.index)
     right = np.trace(table.to_numpy())/table.to_numpy().sum()
-    ax.set(title=f"{right:.0%} of the commonest nouns are named", xlabel="the model says", ylabel="most people say")
+    ax.set(title=f"Where most people say one of these, the model does in {right:.0%}", xlabel="the model says", ylabel="most people say")
