@@ -8,7 +8,7 @@ __all__ = ['SUSPECTS', 'NONE', 'controls_table', 'plot_controls', 'plot_error_ra
            'word_use', 'plot_never_said', 'confusion', 'plot_confusion', 'ERROR_KINDS', 'SCENE_KINDS', 'find_errors',
            'error_rates']
 
-# %% ../nbs/05_error_analysis.ipynb #d1944315
+# %% ../nbs/05_error_analysis.ipynb #53427d87
 import math
 import re
 from collections import Counter
@@ -16,14 +16,12 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 
-from .compare import control_captions, human_scores
-from .core import Run, atomic_path, save_figure
-from .data import Data, load_data, show_photos
+from .compare import human_scores
+from .data import Data, show_photos
 from .errors import (ALIKE, ERROR_KINDS, FUNCTION_WORDS, SCENE_KINDS, error_rates, find_errors,
                             majority_things, names_thing, read_texts)
-from .evaluate import read_captions_json, score, show_captions
-from .metrics import diversity, middle, tokenize
-from .model import load_run
+from .evaluate import score
+from .metrics import middle, tokenize
 
 # %% ../nbs/05_error_analysis.ipynb #78eeafa7
 _all_ = ["ERROR_KINDS", "SCENE_KINDS", "find_errors", "error_rates"]
