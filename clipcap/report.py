@@ -7,7 +7,7 @@ __all__ = ['data_uri', 'thumbnails', 'label', 'number', 'plot_val_cider', 'curve
            'read_relevance', 'summary_content', 'sort_columns', 'error_content', 'render', 'colour_scale',
            'figures_content', 'read_results', 'cards_content', 'report_html', 'make_report']
 
-# %% ../nbs/10_report.ipynb #3ee4c0b2
+# %% ../nbs/10_report.ipynb #c8e83e5a
 import base64
 import hashlib
 import io
@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from .core import Config, Run, asset_path, atomic_path
@@ -29,10 +30,10 @@ from .evaluate import read_captions_json
 from .model import read_metrics
 from .train import plot_losses
 
-# %% ../nbs/10_report.ipynb #bf11a8d8
+# %% ../nbs/10_report.ipynb #56e56160
 def data_uri(
     photo: Image.Image,  # of any size
-    side: int = 320,  # pixels of the longer side; smaller photos stay as they are
+    side: int = 400,  # pixels of the longer side; smaller photos stay as they are
 ) -> tuple[str, int, int]:  # address that holds the picture, its width, its height
     "A picture as an address for `<img src>`."
     small = photo.convert("RGB")
@@ -137,7 +138,7 @@ def optional(
         return None, f"{name} is older than these captions: run {stage}, then this page again."
     return path, ""
 
-# %% ../nbs/10_report.ipynb #43966e7c
+# %% ../nbs/10_report.ipynb #0ecf5495
 def pack(
     values: np.ndarray,  # of any shape, at least 0
     top: float,  # the number that becomes 255
@@ -151,23 +152,27 @@ def read_relevance(
     captions: dict[str, str],  # image -> caption
 ) -> tuple[list[dict | None], dict]:  # for each caption `shares` and perhaps `photo`; the file's metadata
     "Relevance of each word. Raises `ValueError` where the file explains other captions."
-    from safetensors import safe_open
     packed = []
     with safe_open(path, "np") as file:
         about, keys = file.metadata(), set(file.keys())
         words = json.loads(about["words"])
         for name, caption in captions.items():
             if f"words/{name}" not in keys or not caption.split(): packed.append(None); continue
-            if words[name] != caption.split():
-                raise ValueError(f"{path.name} explains another caption of {name}: run 06_attention, "
-                                 "then this page again.")
-            packed.append({"shares": {"data": pack(file.get_tensor(f"words/{name}").astype(float), 1)}})
+            shares, W = file.get_tensor(f"words/{name}").astype(float), len(caption.split())
+            if words.get(name) != caption.split() or shares.shape != (W, W + 1):
+                raise ValueError(f"it explains another caption of {name}; run 06_attention, then this page again")
+            packed.append({"shares": {"data": pack(shares, 1)}})
             if f"photo/{name}" in keys:
                 maps = file.get_tensor(f"photo/{name}").astype(float)
                 packed[-1]["photo"] = {"size": maps.shape[1:], "data": pack(maps, maps.max())}
     return packed, about
 
-# %% ../nbs/10_report.ipynb #6dded52d
+# %% ../nbs/10_report.ipynb #0ea8bb47
+_VARIETY = {"distinct_1": "different words, of all words", "distinct_2": "different pairs, of all pairs of words",
+            "vocabulary": "different words", "mean_length": "words a caption",
+            "novel": "captions not in training", "mbleu_4": "mBLEU-4 (1: all alike)"}
+
+
 def summary_content(
     written: dict,  # what `scores_{split}.json` holds
     controls: pd.DataFrame | None,  # what `controls_{split}.csv` holds
@@ -190,7 +195,7 @@ def summary_content(
             "columns": [label(c) for c in subsets],
             "rows": [(n, [number(v, "g" if c == "images" else ".3f") for c, v in row.items()])
                      for n, row in subsets.iterrows()]},
-        "diversity": [(label(n), number(v, ".4g")) for n, v in written["diversity"].items()],
+        "diversity": [(_VARIETY.get(n, label(n)), number(v, ".3g")) for n, v in written["diversity"].items()],
         "protocol": [(label(n), v) for n, v in written["protocol"].items() if n != "metrics"],
     }
 
@@ -259,7 +264,7 @@ def figures_content(
                                         "label": path.stem.removesuffix(f"_{split}").replace("_", " ")})
     return figures
 
-# %% ../nbs/10_report.ipynb #ec1c7270
+# %% ../nbs/10_report.ipynb #544c19b2
 def read_results(
     run: Run,  # evaluated
     split: str,  # that was captioned
@@ -279,7 +284,8 @@ def read_results(
             ("relevance", "safetensors", "06_attention", lambda path: read_relevance(path, captions))):
         path, absent[name] = optional(run, f"{name}_{split}.{ending}", stage, split)
         try: found[name] = read(path) if path else None
-        except ValueError as error: found[name], absent[name] = None, str(error)
+        except (ValueError, SafetensorError) as error:
+            found[name], absent[name] = None, f"{path.name} can't be used: {error}"
     return found, absent
 
 
@@ -298,7 +304,7 @@ def cards_content(
              "errors": [(label(kind), what) for kind, what in of_image.get(n, {}).items()]}
             for n, photo, relevance in zip(captions, thumbnails(data, list(captions)), told)]
 
-# %% ../nbs/10_report.ipynb #30ed9a9b
+# %% ../nbs/10_report.ipynb #fc391e7d
 def report_html(
     run: Run,  # evaluated
     data: Data,  # its photos and references
@@ -320,7 +326,7 @@ def report_html(
         **summary_content(found["written"], found["controls"]),
         "run": run.name, "split": split, "absent": absent, "method": about["method"],
         "subtitle": f"{split} split: {len(names)} images, {sum(map(len, data.references(split).values()))} references. "
-                    f"Evaluated {entry.get('finished', 'at an unknown time')[:10]}",
+                    + (f"Evaluated {entry['finished'][:10]}." if "finished" in entry else ""),
         "curves": [Markup(svg) for svg in curves_svg(metrics)] if len(metrics) else [],
         "kinds": kinds, "with_errors": len(of_image), "sorts": columns.pop("sorts"), "parts": sorted(set(parts)),
         "cards": cards_content(found, data, split, of_image), "figures": figures_content(run, split),
