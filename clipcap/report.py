@@ -199,21 +199,21 @@ def summary_content(
         "protocol": [(label(n), v) for n, v in written["protocol"].items() if n != "metrics"],
     }
 
-# %% ../nbs/10_report.ipynb #41d5bf1f
+# %% ../nbs/10_report.ipynb #daf8c31f
 def sort_columns(
     scores: pd.DataFrame,  # per image
     analysis: pd.DataFrame | None,  # per image, numbers and yes or no
 ) -> dict:  # variables of the template and of its script
     "What cards can be sorted by; columns without a number are left out."
     def groups(table): return sorted((c for c in table if table[c].notna().any()), key=lambda c: c != "cider")
-    extra = pd.DataFrame(index=scores.index) if analysis is None else analysis.drop(columns=scores.columns, errors="ignore")
+    extra = pd.DataFrame(index=scores.index) if analysis is None else analysis
+    extra = extra.drop(columns=scores.columns, errors="ignore").select_dtypes(["number", "bool"])
     both = scores.join(extra)
     named = {"scores": groups(scores), "error analysis": groups(extra)}
     columns = [c for names in named.values() for c in names]
     return {"sorts": [(group, [(c, label(c)) for c in names]) for group, names in named.items() if names],
             "scores": named["scores"], "labels": {c: label(c) for c in columns},
-            "flags": [c for c in columns if both[c].dropna().isin([True, False]).all() and both[c].dtype == object
-                      or both[c].dtype == bool],
+            "flags": [c for c in named["error analysis"] if extra[c].dtype == bool],
             "columns": {c: [None if pd.isna(v) else round(float(v), 4) for v in both[c]] for c in columns}}
 
 
@@ -224,6 +224,7 @@ def error_content(
 ) -> tuple[list[dict], dict]:  # a row a kind, commonest first; image -> {kind: what, joined}
     "Errors counted in images, and those of each image."
     if errors is None: return [], {}
+    errors = errors[errors.image_id.isin(names)]
     found = errors.groupby(["image_id", "kind"], sort=False).what.agg("; ".join)
     of_image = {name: found[name].to_dict() for name in found.index.get_level_values(0).unique()}
     images = {kind: sum(kind in kinds for kinds in of_image.values())
