@@ -205,6 +205,8 @@ STAGE_FIELDS = {
                  "caption_sampling", "keep", "best_by"),
     "04_evaluate": ("num_beams", "eval_batch_size"),
     "05_error_analysis": (),
+    "06_attention": (),
+    "10_report": (),
 }
 
 

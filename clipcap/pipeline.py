@@ -18,7 +18,7 @@ from fastcore.script import Param, call_parse
 from .core import (STAGE_FIELDS, Config, Run, asset_path, atomic_path, check_preset,
                           make_config, outputs_dir, project_root, resolve_path, stage_config)
 
-# %% ../nbs/11_pipeline.ipynb #8fad761f
+# %% ../nbs/11_pipeline.ipynb #054ecdcb
 def _hash(*parts) -> str:
     "Twelve hexadecimal digits that stand for `parts`."
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
@@ -42,17 +42,18 @@ def depends_on(
         cells = json.loads(notebook.read_text("utf-8"))["cells"]
         source = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
         module = re.search(r"^#\| default_exp (\w+)", source, re.MULTILINE)
-        exported = Path(__file__).with_name(f"{module[1]}.py") if module else None
-        code.append([source, exported.read_text("utf-8") if exported else ""])
+        exported = [Path(__file__).with_name(f"{module[1]}.py"),
+                    *sorted(asset_path(".").glob(f"{module[1]}.*"))] if module else []
+        code.append([source, *(path.read_text("utf-8") for path in exported)])
     named = (config.data_root, config.embeddings, config.clip_model, config.gpt2_model)
     inputs = [_listing(asset_path("mini") if name == "mini" else resolve_path(name))
               for name in named if name]
     return {"config": stage_config(config, stage), "code": _hash(code), "inputs": _hash(inputs)}
 
-# %% ../nbs/11_pipeline.ipynb #d0f19976
+# %% ../nbs/11_pipeline.ipynb #5dd9af6e
 _MAKES = {"01_data": ["captions_table.csv"], "03_train": ["checkpoints/last.pt", "metrics.jsonl"],
           "04_evaluate": ["captions_test.json", "scores_test.json", "scores_test.csv"],
-          "05_error_analysis": ["controls_test.csv"]}
+          "05_error_analysis": ["controls_test.csv"], "10_report": ["report.html"]}
 
 
 def why_run(
@@ -119,7 +120,7 @@ def _remember(run, stage, now, complete):
     "Note in `run.json` what a stage was run from, and whether its notebook ran to the end."
     run.update(pipeline={**run.manifest.get("pipeline", {}), stage: {**now, "complete": complete}})
 
-# %% ../nbs/11_pipeline.ipynb #3a5a394d
+# %% ../nbs/11_pipeline.ipynb #1b8b4295
 def summary(
     run: Run,  # evaluated on the split "test"
 ) -> str:  # for the terminal
@@ -142,7 +143,7 @@ def summary(
         lines += [f"{caption['image_id']}", f"  model: {caption['caption']}", f"  human: {reference}"]
     protocol = ", ".join(f"{k} {v}" for k, v in scores["protocol"].items() if k != "metrics")
     return "\n".join([*lines, "", f"protocol: {protocol}", f"figures:   {run.path/'figures'}",
-                      f"notebooks: {run.path/'notebooks'}"])
+                      f"notebooks: {run.path/'notebooks'}", f"report:    {run.path/'report.html'}"])
 
 
 def collect_controls(
