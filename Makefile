@@ -1,9 +1,10 @@
-# make run      everything once, on the embedded data: data, model, training, scores, error analysis
+# make run      everything once, on the embedded data: data, model, training, scores, errors, attention, report
 # make test     every notebook's tests, and that module, notebooks and README agree
 # make real     three seeds on real photographs, table in outputs/real.csv
 # make flickr8k the original at full size: downloads what is missing, wants a GPU; PRESET and RUN are flickr8k
 # make full-size-check   the same road with random weights of full size and 64 photos, minutes on 2 cores
 # make compare RUNS="demo other"   runs side by side, with intervals, tests and yardsticks
+# make faithful is what 06_attention shows true? deletion, insertion and pointing, on RUN
 # make mini     draw the embedded scenes and train the miniature backbones anew
 # make export   notebooks -> clipcap/ and README.md
 # make lab      JupyterLab
@@ -18,7 +19,7 @@ PRESET ?= mini
 SET ?=
 FORCE ?=
 
-.PHONY: run test real flickr8k full-size-check compare mini export readme lab
+.PHONY: run test real flickr8k full-size-check compare faithful mini export readme lab
 
 run: $(VENV)/installed
 	$(BIN)/python -m clipcap.pipeline --run $(RUN) --preset $(PRESET) $(if $(FORCE),--force) $(SET)
@@ -49,6 +50,9 @@ full-size-check: $(VENV)/installed
 RUNS ?= $(RUN)
 compare: $(VENV)/installed
 	$(BIN)/papermill nbs/04b_compare.ipynb outputs/compare.ipynb -k python3 -p runs "$(RUNS)"
+
+faithful: $(VENV)/installed
+	$(BIN)/papermill nbs/06b_faithful.ipynb outputs/faithful.ipynb -k python3 -p run "$(RUN)"
 
 mini: $(VENV)/installed
 	$(BIN)/papermill nbs/09_mini.ipynb outputs/09_mini.ipynb -k python3 -p train True

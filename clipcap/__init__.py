@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/index.ipynb #ada43af8
+# %% ../nbs/index.ipynb #07adbd00
 from importlib import import_module
 
 __version__ = "0.1.0"
@@ -17,7 +17,7 @@ _HOME = {  # where each public name lives; imported when it is first used
     "ClipCapModel": "model", "MappingNetwork": "model", "generate_caption": "model",
     "generate_caption_batch": "model", "generate_from_embeddings": "model", "load_model": "model",
     "load_run": "model",
-    "train_run": "train", "watch": "train", "Scores": "metrics", "score": "metrics",
+    "train_run": "train", "watch": "train", "explain": "attention", "Scores": "metrics", "score": "metrics",
     "run_stages": "pipeline",
 }
 __all__ = list(_HOME)

@@ -230,7 +230,7 @@ def plot_never_said(
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.invert_yaxis()
 
-# %% ../nbs/05_error_analysis.ipynb #0495b8d4
+# %% ../nbs/05_error_analysis.ipynb #333dc0a6
 NONE = "(none of these)"
 
 
@@ -264,7 +264,7 @@ def plot_confusion(
     ax,  # matplotlib axes
 ):
     "A heat map of shares of each row, with numbers of images."
-    share = table.div(table.sum(1), axis=0)
+    share = table.div(table.sum(axis=1), axis=0)
     ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for (y, x), n in np.ndenumerate(table.to_numpy()):
         if n: ax.text(x, y, f"{n:.4g}" if n == int(n) else f"{n:.1f}", ha="center", va="center",

@@ -196,7 +196,7 @@ def make_config(
     return dataclasses.replace(
         PRESETS[preset], **{k: v for k, v in changes.items() if v is not None})
 
-# %% ../nbs/00_core.ipynb #698633e6
+# %% ../nbs/00_core.ipynb #6122954a
 STAGE_FIELDS = {
     "01_data": ("data_root", "split", "on_bad_image", "clip_model", "embeddings", "seed"),
     "02_model": ("gpt2_model", "prefix_length", "num_layers", "num_heads", "feedforward_dim",

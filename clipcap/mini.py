@@ -5,24 +5,27 @@
 # %% auto #0
 __all__ = ['COLORS', 'ACTIONS', 'KINDS', 'OTHERS', 'SETTINGS', 'FITS_INDOORS', 'RELATIONS', 'HELD_OUT', 'SKIN', 'HAIR', 'DARK',
            'WOOD', 'ROSE', 'SCALE', 'HEIGHTS', 'SIZE', 'NOUNS', 'COLOR_WORDS', 'COUNT_WORDS', 'RELATION_WORDS',
-           'PLACE_WORDS', 'VERBS', 'SPLITS', 'END', 'Scene', 'is_sensible', 'is_unseen', 'random_scene',
-           'random_scenes', 'Pen', 'scene_boxes', 'draw_scene', 'write_caption', 'write_captions', 'caption_facts',
-           'draw_dataset', 'write_dataset', 'read_scenes', 'train_tokenizer', 'draw_captions', 'scene_document',
-           'train_gpt2', 'caption_tokens', 'preprocess_scenes', 'new_clip', 'train_clip', 'save_clip', 'load_clip',
-           'make_assets', 'file_hashes', 'embed_scenes', 'linear_probe', 'retrieval_ranks']
+           'PLACE_WORDS', 'VERBS', 'SPLITS', 'END', 'FACTS', 'THINGS', 'GRID', 'Scene', 'is_sensible', 'is_unseen',
+           'random_scene', 'random_scenes', 'Pen', 'scene_boxes', 'draw_scene', 'write_caption', 'write_captions',
+           'caption_facts', 'draw_dataset', 'write_dataset', 'read_scenes', 'train_tokenizer', 'draw_captions',
+           'scene_document', 'train_gpt2', 'caption_tokens', 'preprocess_scenes', 'new_clip', 'patch_things', 'Lessons',
+           'train_clip', 'save_clip', 'load_clip', 'make_assets', 'file_hashes', 'embed_scenes', 'linear_probe',
+           'retrieval_ranks']
 
-# %% ../nbs/09_mini.ipynb #2ffd8fe9
+# %% ../nbs/09_mini.ipynb #e3e54f1f
 import io
 import json
 import random
 import re
 import zipfile
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from clip.clip import _transform
@@ -31,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 from .core import asset_path, atomic_path, hash_file, seed_everything, write_json
@@ -813,7 +816,7 @@ def train_gpt2(
     model.config.initializer_range = round(model.transformer.wte.weight.std().item(), 2)
     return model.eval(), losses  # rows that a captioner adds start as large as the trained ones
 
-# %% ../nbs/09_mini.ipynb #43753b8c
+# %% ../nbs/09_mini.ipynb #90575c78
 def caption_tokens(
     tokenizer: GPT2TokenizerFast,  # from `train_tokenizer`
     captions: list[str],  # B texts
@@ -839,12 +842,12 @@ def preprocess_scenes(
 def new_clip(
     vocab_size: int,  # of the tokenizer
 ) -> CLIP:  # with random weights
-    "A CLIP of 1.5 million weights, of sizes that `build_model` can infer."
-    return CLIP(embed_dim=128, image_resolution=64, vision_layers=(1, 1, 1, 1), vision_width=16,
-                vision_patch_size=None, context_length=32, vocab_size=vocab_size,
+    "A CLIP of a million weights, of sizes that `build_model` can infer."
+    return CLIP(embed_dim=128, image_resolution=64, vision_layers=4, vision_width=128,
+                vision_patch_size=8, context_length=32, vocab_size=vocab_size,
                 transformer_width=64, transformer_heads=1, transformer_layers=2)
 
-# %% ../nbs/09_mini.ipynb #9de00aaf
+# %% ../nbs/09_mini.ipynb #959a6104
 def _groups(scenes):
     "Three ways to group scenes: all, by setting, by setting and colour; each a list of indices."
     for fields in ((), ("setting",), ("setting", "color")):
@@ -853,35 +856,108 @@ def _groups(scenes):
             groups.setdefault(tuple(getattr(scene, f) for f in fields), []).append(i)
         yield [torch.tensor(group) for group in groups.values()]
 
+# %% ../nbs/09_mini.ipynb #9a137dbc
+FACTS = dict(kind=KINDS, color=tuple(COLORS), count=(1, 2, 3), setting=SETTINGS, action=tuple(VERBS),
+             relation=("", *RELATIONS), other=("", *OTHERS))  # field of `Scene` -> its values
+THINGS = ("", *KINDS, *OTHERS)  # what may cover a patch; nothing comes first
+GRID = 8  # patches a side
+
+
+def patch_things(
+    scene: Scene,  # scene to look up
+) -> torch.Tensor:  # (GRID, GRID) indices into `THINGS`
+    "The thing that covers most of each patch, where it covers a quarter at least."
+    pixels = torch.zeros(SIZE, SIZE, dtype=torch.long)
+    for thing in _arrange(scene):
+        cover = Image.new("L", (SIZE, SIZE))
+        cover.paste(thing.picture.getchannel("A"), thing.box[:2])
+        pixels[torch.from_numpy(np.asarray(cover) > 127)] = THINGS.index(thing.name)
+    side = SIZE//GRID
+    cells = F.one_hot(pixels, len(THINGS)).view(GRID, side, GRID, side, -1).sum((1, 3))[..., 1:]
+    most = cells.max(-1)
+    return torch.where(most.values >= side*side/4, most.indices + 1, 0)
+
+# %% ../nbs/09_mini.ipynb #a838e723
+class Lessons(torch.nn.Module):
+    "Linear heads that read a picture's facts off what CLIP makes of it."
+
+    def __init__(
+        self,
+        clip: CLIP,  # a ViT
+    ):
+        super().__init__()
+        width, dim = clip.visual.class_embedding.shape[0], clip.visual.output_dim
+        self.facts = torch.nn.Linear(dim, sum(map(len, FACTS.values())))
+        self.patches = torch.nn.Linear(width, len(THINGS) + len(COLORS) + 1)
+
+    def loss(
+        self,
+        embeddings: torch.Tensor,  # (B, dim)
+        patches: torch.Tensor,  # (B, GRID*GRID, width)
+        facts: torch.Tensor,  # (B, 7) indices into the values of `FACTS`
+        things: torch.Tensor,  # (B, GRID, GRID), from `patch_things`
+    ) -> torch.Tensor:  # mean cross-entropy of a fact, plus a patch's of thing and of colour
+        "How badly the facts can be read."
+        heads = self.facts(embeddings).split([len(v) for v in FACTS.values()], 1)
+        read = sum(F.cross_entropy(head, facts[:, i]) for i, head in enumerate(heads))/len(heads)
+        thing, color = self.patches(patches).flatten(0, 1).split([len(THINGS), len(COLORS) + 1], 1)
+        things = things.flatten(1)
+        colors = torch.where((things > 0) & (things <= len(KINDS)), facts[:, [1]] + 1, 0)  # of main things
+        return read + F.cross_entropy(thing, things.flatten()) + F.cross_entropy(color, colors.flatten())
+
+
+def _facts_of(scene): return [values.index(getattr(scene, name)) for name, values in FACTS.items()]
+
+
+@contextmanager
+def _patch_tokens(clip):
+    "While active, a list that holds the patches' last hidden states (B, GRID*GRID, width) of each pass."
+    seen = []
+    def keep(module, inputs, output): seen.append(clip.visual.ln_post(output.permute(1, 0, 2))[:, 1:])
+    handle = clip.visual.transformer.register_forward_hook(keep)
+    try: yield seen
+    finally: handle.remove()
+
+
+def _optimizers(clip, lessons, learning_rate):
+    "Muon for the matrices inside the transformers' blocks, AdamW for all else."
+    inner = [p for name, p in clip.named_parameters() if "resblocks" in name and p.ndim == 2]
+    others = [p for p in (*clip.parameters(), *lessons.parameters()) if not any(p is i for i in inner)]
+    return [torch.optim.Muon(inner, learning_rate, .05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, learning_rate/3, (.9, .98), weight_decay=.05)]
+
 
 def train_clip(
     tokenizer: GPT2TokenizerFast,  # from `train_tokenizer`
-    steps: int = 1000,  # batches
+    steps: int = 900,  # batches
     batch_size: int = 96,  # pairs a batch
-    learning_rate: float = 2e-3,  # highest: it rises over a tenth of the steps, then falls to 0
+    learning_rate: float = 4e-3,  # Muon's highest: it rises over a tenth of the steps, then falls to 0
     n_scenes: int = 12_000,  # images to draw, each with five captions
     seed: int = 0,  # of initial weights, scenes and batches
-) -> tuple[CLIP, list[float]]:  # model in eval mode, loss of each step
-    "Train a miniature CLIP contrastively (Radford et al. 2021, figure 3), from nothing."
+) -> tuple[CLIP, list[float]]:  # model in eval mode, contrastive loss of each step
+    "Train a miniature CLIP contrastively (Radford et al. 2021, figure 3) and by `Lessons`, from nothing."
     seed_everything(seed)
     scenes, rng = random_scenes(n_scenes, f"clip {seed}"), random.Random(f"clip {seed}")
     images, groups = preprocess_scenes(scenes), list(_groups(scenes))  # (N, 3, 64, 64)
     texts = torch.stack([caption_tokens(tokenizer, write_captions(s, rng)) for s in scenes])
+    facts, things = torch.tensor([*map(_facts_of, scenes)]), torch.stack([*map(patch_things, scenes)])
     model, losses = new_clip(len(tokenizer)), []
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, (.9, .98), weight_decay=.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=steps, pct_start=.1)
+    lessons = Lessons(model)
+    optimizers = _optimizers(model, lessons, learning_rate)
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, o.defaults["lr"], total_steps=steps, pct_start=.1,
+                                                     cycle_momentum=False) for o in optimizers]
     for step in tqdm(range(steps), "CLIP", mininterval=5):
         group = rng.choice(groups[step % 3])
         chosen = group[torch.randint(len(group), (batch_size,))]
         captions = texts[chosen, torch.randint(5, (batch_size,))]  # (B, 32)
-        by_image, by_text = model(images[chosen].float(), captions)  # (B, B) each
+        with _patch_tokens(model) as patches: embeddings = model.encode_image(images[chosen].float())
+        likeness = model.logit_scale.exp()*F.normalize(embeddings) @ F.normalize(model.encode_text(captions)).T
         pairs = torch.arange(batch_size)
-        loss = (F.cross_entropy(by_image, pairs) + F.cross_entropy(by_text, pairs)) / 2
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        optimizer.step(); schedule.step()
+        loss = (F.cross_entropy(likeness, pairs) + F.cross_entropy(likeness.T, pairs)) / 2
+        for optimizer in optimizers: optimizer.zero_grad()
+        (loss + lessons.loss(embeddings, patches[0], facts[chosen], things[chosen])).backward()
+        torch.nn.utils.clip_grad_norm_([*model.parameters(), *lessons.parameters()], 1.)
+        for each in (*optimizers, *schedules): each.step()
         with torch.no_grad(): model.logit_scale.clamp_(max=4.6)  # at most 100-fold, as CLIP's
         losses.append(loss.item())
     return model.eval(), losses

@@ -129,23 +129,25 @@ class ClipCapModel(nn.Module):
                                  reduction="none")
         return (losses.view_as(input_ids)*attention_mask).sum(1)
 
-# %% ../nbs/02_model.ipynb #187fffd5
+# %% ../nbs/02_model.ipynb #aa1ad430
 @torch.inference_mode()
 def generate_ids(
     embeddings: torch.Tensor,  # (B, clip_dim)
     model: ClipCapModel,  # in whatever mode: it is put into evaluation mode and back
     max_length: int = 40,  # new tokens at most, special ones counted
     num_beams: int = 5,  # 1: greedy
+    temperature: float = 0.,  # 0: the most probable; above: drawn by chance, from `torch`'s generator
 ) -> torch.Tensor:  # (B, T) token ids, filled up with `[PAD]`
-    "Continue each image's prefix with transformers' beam search."
+    "Continue each image's prefix with transformers' beam search, or sampling."
     was_training = model.training
     model.eval()
     prefix = model.mapping_network(embeddings.to(model.device))  # (B, P, d)
     ids = model.gpt2.generate(
         inputs_embeds=prefix.to(model.gpt2.dtype), attention_mask=prefix.new_ones(prefix.shape[:2]).long(),
-        max_new_tokens=max_length, max_length=None, num_beams=num_beams, do_sample=False,
-        early_stopping=num_beams > 1, bos_token_id=model.tokenizer.bos_token_id,
-        eos_token_id=model.tokenizer.eos_token_id, pad_token_id=model.tokenizer.pad_token_id)
+        max_new_tokens=max_length, max_length=None, num_beams=num_beams,
+        do_sample=temperature > 0, temperature=temperature or None, early_stopping=num_beams > 1,
+        bos_token_id=model.tokenizer.bos_token_id, eos_token_id=model.tokenizer.eos_token_id,
+        pad_token_id=model.tokenizer.pad_token_id)
     model.train(was_training)
     return ids
 
@@ -155,10 +157,11 @@ def generate_from_embeddings(
     model: ClipCapModel,  # any
     max_length: int = 40,  # new tokens at most, special ones counted
     num_beams: int = 5,  # 1: greedy
+    temperature: float = 0.,  # as in `generate_ids`
 ) -> list[str]:  # B captions
     "Caption images that are given by their embeddings."
     if not len(embeddings): return []
-    ids = generate_ids(embeddings, model, max_length, num_beams)
+    ids = generate_ids(embeddings, model, max_length, num_beams, temperature)
     texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [" ".join(text.split()) for text in texts]
 

@@ -50,10 +50,11 @@ def depends_on(
               for name in named if name]
     return {"config": stage_config(config, stage), "code": _hash(code), "inputs": _hash(inputs)}
 
-# %% ../nbs/11_pipeline.ipynb #5dd9af6e
+# %% ../nbs/11_pipeline.ipynb #dc5fc277
 _MAKES = {"01_data": ["captions_table.csv"], "03_train": ["checkpoints/last.pt", "metrics.jsonl"],
           "04_evaluate": ["captions_test.json", "scores_test.json", "scores_test.csv"],
-          "05_error_analysis": ["controls_test.csv"], "10_report": ["report.html"]}
+          "05_error_analysis": ["controls_test.csv", "errors_test.csv", "analysis_test.csv"],
+          "06_attention": ["relevance_test.safetensors"], "10_report": ["report.html"]}
 
 
 def why_run(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['data_uri', 'thumbnails', 'label', 'number', 'plot_val_cider', 'curves_svg', 'needed', 'optional', 'pack',
-           'read_relevance', 'summary_content', 'sort_columns', 'error_content', 'render', 'colour_scale',
+           'pack_relevance', 'summary_content', 'sort_columns', 'error_content', 'render', 'colour_scale',
            'figures_content', 'read_results', 'cards_content', 'report_html', 'make_report']
 
-# %% ../nbs/10_report.ipynb #c8e83e5a
+# %% ../nbs/10_report.ipynb #5bd7efc0
 import base64
 import hashlib
 import io
@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from .attention import read_relevance
 from .core import Config, Run, asset_path, atomic_path
 from .data import Data, load_data
 from .evaluate import read_captions_json
@@ -138,7 +138,7 @@ def optional(
         return None, f"{name} is older than these captions: run {stage}, then this page again."
     return path, ""
 
-# %% ../nbs/10_report.ipynb #0ecf5495
+# %% ../nbs/10_report.ipynb #4aeb3a75
 def pack(
     values: np.ndarray,  # of any shape, at least 0
     top: float,  # the number that becomes 255
@@ -147,24 +147,23 @@ def pack(
     return base64.b64encode(np.rint(255*values/(top or 1)).clip(0, 255).astype(np.uint8).tobytes()).decode()
 
 
-def read_relevance(
+def pack_relevance(
     path: Path,  # from `06_attention`
     captions: dict[str, str],  # image -> caption
 ) -> tuple[list[dict | None], dict]:  # for each caption `shares` and perhaps `photo`; the file's metadata
-    "Relevance of each word. Raises `ValueError` where the file explains other captions."
-    packed = []
-    with safe_open(path, "np") as file:
-        about, keys = file.metadata(), set(file.keys())
-        words = json.loads(about["words"])
-        for name, caption in captions.items():
-            if f"words/{name}" not in keys or not caption.split(): packed.append(None); continue
-            shares, W = file.get_tensor(f"words/{name}").astype(float), len(caption.split())
-            if words.get(name) != caption.split() or shares.shape != (W, W + 1):
-                raise ValueError(f"it explains another caption of {name}; run 06_attention, then this page again")
-            packed.append({"shares": {"data": pack(shares, 1)}})
-            if f"photo/{name}" in keys:
-                maps = file.get_tensor(f"photo/{name}").astype(float)
-                packed[-1]["photo"] = {"size": maps.shape[1:], "data": pack(maps, maps.max())}
+    "Relevance of each word, for the page. Raises `ValueError` where the file explains other captions."
+    tensors, about = read_relevance(path)
+    packed, explained = [], json.loads(about["words"])
+    for name, caption in captions.items():
+        words = caption.split()
+        if f"words/{name}" not in tensors or not words: packed.append(None); continue
+        shares = tensors[f"words/{name}"].double().numpy()
+        if explained.get(name) != words or shares.shape != (len(words), len(words) + 1):
+            raise ValueError(f"it explains another caption of {name}; run 06_attention, then this page again")
+        packed.append({"shares": {"data": pack(shares, 1)}})
+        if f"photo/{name}" in tensors:
+            maps = tensors[f"photo/{name}"].double().numpy()
+            packed[-1]["photo"] = {"size": maps.shape[1:], "data": pack(maps, maps.max())}
     return packed, about
 
 # %% ../nbs/10_report.ipynb #0ea8bb47
@@ -265,7 +264,7 @@ def figures_content(
                                         "label": path.stem.removesuffix(f"_{split}").replace("_", " ")})
     return figures
 
-# %% ../nbs/10_report.ipynb #544c19b2
+# %% ../nbs/10_report.ipynb #cb132eca
 def read_results(
     run: Run,  # evaluated
     split: str,  # that was captioned
@@ -282,10 +281,10 @@ def read_results(
             ("controls", "csv", "05_error_analysis", lambda path: pd.read_csv(path, index_col=0)),
             ("errors", "csv", "05_error_analysis", lambda path: table(path, keep_default_na=False)),
             ("analysis", "csv", "05_error_analysis", lambda path: table(path, index_col="image_id")),
-            ("relevance", "safetensors", "06_attention", lambda path: read_relevance(path, captions))):
+            ("relevance", "safetensors", "06_attention", lambda path: pack_relevance(path, captions))):
         path, absent[name] = optional(run, f"{name}_{split}.{ending}", stage, split)
         try: found[name] = read(path) if path else None
-        except (ValueError, SafetensorError) as error:
+        except ValueError as error:
             found[name], absent[name] = None, f"{path.name} can't be used: {error}"
     return found, absent
 
