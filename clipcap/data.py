@@ -443,7 +443,7 @@ def encode_captions(
     return [[tokenizer.bos_token_id, *ids[:max_length - 2], tokenizer.eos_token_id]
             for ids in encoded]
 
-# %% ../nbs/01_data.ipynb #279ece96
+# %% ../nbs/01_data.ipynb #ce7c8207
 class FlickrDataset(Dataset):
     "Embeddings and tokenized captions of one split."
 
@@ -485,12 +485,15 @@ class FlickrDataset(Dataset):
                 "input_ids": torch.tensor(self.tokens[image][k])}  # (L,)
 
     def collate(self, items: list[dict]) -> dict:
-        "A batch: embeddings (B, D), token ids (B, L) padded to the longest, and their mask."
+        "A batch of B captions of I images: embeddings (I, D), token ids (B, L) padded to the longest, their mask."
         ids = torch.nn.utils.rnn.pad_sequence([item["input_ids"] for item in items],
                                               True, self.tokenizer.pad_token_id)
         lengths = torch.tensor([len(item["input_ids"]) for item in items])
+        embeddings = {item["image"]: item["embedding"] for item in items}
+        rows = {image: row for row, image in enumerate(embeddings)}
         return {"image": [item["image"] for item in items],
-                "embedding": torch.stack([item["embedding"] for item in items]),
+                "image_of": torch.tensor([rows[item["image"]] for item in items]),  # (B,) row of `embedding`
+                "embedding": torch.stack(list(embeddings.values())),
                 "input_ids": ids,  # (B, L)
                 "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
 

@@ -84,7 +84,7 @@ def literal_beam_search(
         if len(ended) >= num_beams: break
     return max(ended)[1]
 
-# %% ../nbs/02b_literal.ipynb #00584ee9
+# %% ../nbs/02b_literal.ipynb #909c5d8f
 def loss_and_gradients(
     loss: torch.Tensor,  # scalar
     network: nn.Module,  # whose gradients
@@ -99,5 +99,5 @@ def mean_loss(
     batch: dict,  # from `FlickrDataset.collate`
 ) -> torch.Tensor:  # mean over the caption tokens of the batch, in nats
     "Our loss of a batch, as the training loop takes it."
-    losses = model(batch["embedding"], batch["input_ids"], batch["attention_mask"])
+    losses = model(batch["embedding"], batch["input_ids"], batch["attention_mask"], batch.get("image_of"))
     return losses.sum()/batch["attention_mask"].sum()

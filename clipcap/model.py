@@ -7,14 +7,13 @@ __all__ = ['MappingNetwork', 'load_gpt2', 'ClipCapModel', 'generate_ids', 'gener
            'generate_caption_batch', 'generate_caption', 'load_model', 'save_checkpoint', 'load_checkpoint',
            'read_metrics', 'best_epoch', 'load_run', 'checkpoint_path', 'never_trained', 'parameter_table']
 
-# %% ../nbs/02_model.ipynb #1623ee68
+# %% ../nbs/02_model.ipynb #ded27b94
 import json
 import re
 import shutil
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from .core import Config, Run, atomic_path, pick_device, resolve_path, seed_everything
 from .data import (Embeddings, encode_images, gpt2_path, load_clip, load_tokenizer,
                           read_photo, upright)
+from .fast import fuse_gelu, pack, token_losses
 
 # %% ../nbs/02_model.ipynb #7ad21ebb
 class MappingNetwork(nn.Module):
@@ -64,7 +64,7 @@ def _divisor(width, heads):
     "The largest number of heads below `heads` that divides `width`."
     return next(n for n in range(min(heads, width), 0, -1) if width % n == 0)
 
-# %% ../nbs/02_model.ipynb #70d21ff8
+# %% ../nbs/02_model.ipynb #8d12a2d4
 def load_gpt2(
     name: str,  # hub name, local directory of a causal LM, or "mini"
     tokenizer,  # from `load_tokenizer`
@@ -82,9 +82,9 @@ def load_gpt2(
         with torch.random.fork_rng():
             seed_everything(seed)
             gpt2.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    return gpt2.eval().requires_grad_(False)
+    return fuse_gelu(gpt2).eval().requires_grad_(False)
 
-# %% ../nbs/02_model.ipynb #76109b4c
+# %% ../nbs/02_model.ipynb #5d1348b2
 class ClipCapModel(nn.Module):
     """A frozen CLIP, a mapping network and a frozen GPT-2.
 
@@ -114,20 +114,23 @@ class ClipCapModel(nn.Module):
 
     def forward(
         self,
-        embedding: torch.Tensor,  # (B, clip_dim)
+        embedding: torch.Tensor,  # (I, clip_dim), of I images
         input_ids: torch.Tensor,  # (B, L)
-        attention_mask: torch.Tensor,  # (B, L), 1 for tokens, 0 for padding
+        attention_mask: torch.Tensor,  # (B, L), 1 for tokens, 0 for the padding after them
+        image_of: torch.Tensor | None = None,  # (B,) which image each caption is about; None: B are B
     ) -> torch.Tensor:  # (B,) sum of -log p over the caption's tokens, in nats
-        "Negative log-likelihood of each caption."
-        prefix = self.mapping_network(embedding)  # (B, P, d)
+        "Negative log-likelihood of each caption; those of one image share its prefix."
+        prefix, tokens = self.mapping_network(embedding), attention_mask.bool()  # (I, P, d), (B, L)
         words = self.gpt2.get_input_embeddings()(input_ids)  # (B, L, d)
-        mask = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask], dim=1)
-        logits = self.gpt2(inputs_embeds=torch.cat([prefix.to(words.dtype), words], dim=1),
-                           attention_mask=mask, use_cache=False,
-                           logits_to_keep=input_ids.shape[1] + 1).logits[:, :-1]  # (B, L, V)
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), input_ids.flatten(),
-                                 reduction="none")
-        return (losses.view_as(input_ids)*attention_mask).sum(1)
+        images = range(len(input_ids)) if image_of is None else image_of.tolist()
+        packed = pack(tokens.sum(1).tolist(), images, *prefix.shape[1:2], tokens.shape[1]).to(words.device)
+        inputs = torch.cat([prefix.to(words.dtype).flatten(0, 1), words.flatten(0, 1)])[packed.source]  # (R, T, d)
+        hidden = self.gpt2.base_model(inputs_embeds=inputs, position_ids=packed.position, use_cache=False,
+                                      attention_mask=packed.mask.to(inputs.dtype).log())[0].flatten(0, 1)
+        asked = torch.stack([packed.predictor[tokens], input_ids[tokens]], dim=1)
+        asked, which = asked.unique(dim=0, return_inverse=True)  # a shared prefix predicts the first token once
+        losses = token_losses(hidden[asked[:, 0]], self.gpt2.get_output_embeddings(), asked[:, 1])[which]
+        return torch.zeros_like(tokens, dtype=losses.dtype).masked_scatter(tokens, losses).sum(1)
 
 # %% ../nbs/02_model.ipynb #aa1ad430
 @torch.inference_mode()

@@ -37,7 +37,7 @@ def epoch_loader(
     order = torch.randperm(len(dataset), generator=generator).tolist()
     return DataLoader(Subset(dataset, order), config.batch_size, collate_fn=dataset.collate)
 
-# %% ../nbs/03_train.ipynb #0b2bd58b
+# %% ../nbs/03_train.ipynb #1248e323
 @torch.no_grad()
 def validation_loss(
     model: ClipCapModel,  # any
@@ -47,7 +47,8 @@ def validation_loss(
     was_training, total, tokens = model.training, 0.0, 0
     model.eval()
     for batch in loader:
-        total += model(batch["embedding"], batch["input_ids"], batch["attention_mask"]).sum().item()
+        total += model(batch["embedding"], batch["input_ids"], batch["attention_mask"],
+                       batch["image_of"]).sum().item()
         tokens += batch["attention_mask"].sum().item()
     model.train(was_training)
     return total/tokens
@@ -130,7 +131,7 @@ def resume(
     optimizer.load_state_dict(state["optimizer"])
     return state["epoch"]
 
-# %% ../nbs/03_train.ipynb #787f44a2
+# %% ../nbs/03_train.ipynb #9b08afbe
 def train(
     model: ClipCapModel,  # its mapping network is trained in place
     train_set: FlickrDataset,  # drawn from in a new order each epoch
@@ -153,7 +154,8 @@ def train(
         model.train()
         loader = accelerator.prepare(epoch_loader(train_set, config, epoch))
         for batch in (bar := tqdm(loader, desc=f"epoch {epoch}/{config.epochs}", unit="batch")):
-            losses = model(batch["embedding"], batch["input_ids"], batch["attention_mask"])
+            losses = model(batch["embedding"], batch["input_ids"], batch["attention_mask"],
+                           batch["image_of"])
             count = batch["attention_mask"].sum()
             total, tokens = total + losses.sum().item(), tokens + count.item()
             if not total < float("inf"): raise _not_finite(folder, epoch, batch, losses)
@@ -178,7 +180,7 @@ def _not_finite(folder, epoch, batch, losses):
     rows = [{"image": image, "loss": str(loss), "tokens": tokens, "embedding_norm": str(norm)}
             for image, loss, tokens, norm in zip(
                 batch["image"], losses.tolist(), batch["attention_mask"].sum(1).tolist(),
-                batch["embedding"].norm(dim=1).tolist())]
+                batch["embedding"].norm(dim=1)[batch["image_of"]].tolist())]
     write_json(folder/"nonfinite_batch.json", {"epoch": epoch, "batch": rows})
     return FloatingPointError(
         f"the loss is not finite in epoch {epoch}, in the batch of {', '.join(batch['image'][:4])} "
