@@ -321,7 +321,7 @@ def first_caption_seconds(
         found.append(time.perf_counter() - started)
     return found
 
-# %% ../nbs/07_benchmark.ipynb #afacbd8e
+# %% ../nbs/07_benchmark.ipynb #6d807ad9
 def benchmark_rows(
     folder: str | Path = "outputs/benchmark",  # of `step.json` and `captioning.json`
 ) -> pd.DataFrame:  # a row a way of doing it: `job`, `way`, `a_second`, `low`, `high`, `ratio`, `share`
@@ -370,10 +370,11 @@ def plot_benchmark(
         ax.barh(part.way, part.a_second, color=colors, height=0.6,
                 xerr=[part.a_second - part.low, part.high - part.a_second], ecolor="black", capsize=2)
         for y, row in part.iterrows():
-            ax.annotate(f"{row.ratio:.1f}×", (row.high, y), (5, 0), textcoords="offset points", va="center")
-            if not pd.isna(row.share):
-                ax.plot([row.a_second/row.share]*2, [y - 0.42, y + 0.42], color="#D55E00", linewidth=2.5,
-                        label="limit: needed arithmetic at matmul speed")
+            limit = None if pd.isna(row.share) else row.a_second/row.share
+            ax.annotate(f"{row.ratio:.1f}×", (max(row.high, limit or 0), y), (6, 0),
+                        textcoords="offset points", va="center")
+            if limit: ax.plot([limit]*2, [y - 0.42, y + 0.42], color="#D55E00", linewidth=2.5,
+                              label="limit: needed arithmetic at matmul speed")
         best = part.loc[part.ratio.idxmax()]
         ax.set_xlabel(unit)
         ax.set_title(f"{job.capitalize()}: {best.ratio:.1f} times as fast ({best.way})", loc="left")
