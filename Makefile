@@ -3,6 +3,7 @@
 # make real     three seeds on real photographs, table in outputs/real.csv
 # make flickr8k the original at full size: downloads what is missing, wants a GPU; PRESET and RUN are flickr8k
 # make full-size-check   the same road with random weights of full size and 64 photos, minutes on 2 cores
+# make benchmark   training step and captioning against the original's loop and the machine's limit, full size
 # make compare RUNS="demo other"   runs side by side, with intervals, tests and yardsticks
 # make faithful is what 06_attention shows true? deletion, insertion and pointing, on RUN
 # make mini     draw the embedded scenes and train the miniature backbones anew
@@ -19,7 +20,7 @@ PRESET ?= mini
 SET ?=
 FORCE ?=
 
-.PHONY: run test real flickr8k full-size-check compare faithful mini export readme lab
+.PHONY: run test real flickr8k full-size-check benchmark compare faithful mini export readme lab
 
 run: $(VENV)/installed
 	$(BIN)/python -m clipcap.pipeline --run $(RUN) --preset $(PRESET) $(if $(FORCE),--force) $(SET)
@@ -46,6 +47,10 @@ full-size-check: $(VENV)/installed
 	@mkdir -p outputs/full-size-check
 	$(BIN)/papermill nbs/13_full_size.ipynb outputs/full-size-check/13_full_size.ipynb -k python3 \
 		-p size full -p data_root $(DATA_ROOT)
+
+benchmark: $(VENV)/installed
+	@mkdir -p outputs/benchmark
+	$(BIN)/papermill nbs/07_benchmark.ipynb outputs/benchmark.ipynb -k python3 -p size full -p data_root $(DATA_ROOT)
 
 RUNS ?= $(RUN)
 compare: $(VENV)/installed
