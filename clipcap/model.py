@@ -84,7 +84,7 @@ def load_gpt2(
             gpt2.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return fuse_gelu(gpt2).eval().requires_grad_(False)
 
-# %% ../nbs/02_model.ipynb #5d1348b2
+# %% ../nbs/02_model.ipynb #e87ce58c
 class ClipCapModel(nn.Module):
     """A frozen CLIP, a mapping network and a frozen GPT-2.
 
@@ -123,6 +123,8 @@ class ClipCapModel(nn.Module):
         prefix, tokens = self.mapping_network(embedding), attention_mask.bool()  # (I, P, d), (B, L)
         words = self.gpt2.get_input_embeddings()(input_ids)  # (B, L, d)
         images = range(len(input_ids)) if image_of is None else image_of.tolist()
+        if len(embedding) != 1 + max(images):
+            raise ValueError(f"{len(embedding)} embeddings for captions of {1 + max(images)} images; give one an image")
         packed = pack(tokens.sum(1).tolist(), images, *prefix.shape[1:2], tokens.shape[1]).to(words.device)
         inputs = torch.cat([prefix.to(words.dtype).flatten(0, 1), words.flatten(0, 1)])[packed.source]  # (R, T, d)
         hidden = self.gpt2.base_model(inputs_embeds=inputs, position_ids=packed.position, use_cache=False,
