@@ -221,21 +221,20 @@ def spread(
     low, median, high = pd.Series(values).quantile([0.25, 0.5, 0.75])
     return {"median": float(median), "low": float(low), "high": float(high)}
 
-# %% ../nbs/07_benchmark.ipynb #58e47a54
+# %% ../nbs/07_benchmark.ipynb #ccbf1c06
 def sample_memory(
     every: float = 0.5,  # seconds
 ) -> list[float]:  # GB of this process and those it starts; grows for as long as the process lives
     "Watch resident memory from a thread."
     import psutil
-    me, samples = psutil.Process(), []
+    me, samples, never = psutil.Process(), [], threading.Event()
     def look():
-        while True:
+        while not never.wait(every):
             total = 0
             for process in [me, *me.children(recursive=True)]:
                 try: total += process.memory_info().rss
                 except psutil.Error: pass
             samples.append(total/1e9)
-            time.sleep(every)
     threading.Thread(target=look, daemon=True).start()
     return samples
 
