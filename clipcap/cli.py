@@ -194,12 +194,13 @@ def caption(
     num_beams: int = None,  # 1 is greedy; the run's own if not given
     batch_size: int = 32,  # Photos captioned at once; changes speed and memory, no caption
     device: str = "auto",  # auto, cpu, cuda or mps
+    precision: str = "",  # float32, bfloat16 or auto; the run's own if empty
     restart: bool = False,  # Begin the captions file anew
 ) -> dict:  # counts, as `caption_files` gives them
     "Caption photos, a line of JSON each."
     from clipcap.stream import caption_files, find_photos
     return caption_files(find_photos(photos), run, out or None, int(epoch) if epoch.isdecimal() else epoch or None,
-                         num_beams, batch_size, device, restart)
+                         num_beams, batch_size, device, precision or None, restart)
 
 # %% ../nbs/12_cli.ipynb #27deaed4
 COMMANDS = {"score": score_files, "caption": caption}

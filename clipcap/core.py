@@ -132,8 +132,9 @@ class Config:
     # how captions are written (04_evaluate)
     num_beams: int = 5  # beams of the search
     eval_batch_size: int = 32  # images captioned at once
-    # where it runs: changes speed, not meaning
+    # where and how it is computed: changes speed and rounding, not meaning
     device: str = "auto"  # "auto", "cpu", "cuda", "mps"
+    precision: str = "auto"  # "float32"; "bfloat16"; "auto": bfloat16 for frozen parts where hardware has it
 
     def __post_init__(self): _check_config(self)
 
@@ -145,6 +146,7 @@ _CHOICES = {
     "keep": ("best", "all"),
     "best_by": ("loss", "cider"),
     "device": ("auto", "cpu", "cuda", "mps"),
+    "precision": ("auto", "float32", "bfloat16"),
 }
 _AT_LEAST = {  # smallest possible value of each number
     "seed": 0, "prefix_length": 1, "num_layers": 1, "num_heads": 1, "feedforward_dim": 1,
@@ -175,7 +177,7 @@ PRESETS = {
     "mini": Config(
         data_root="mini", split="official", clip_model="mini", gpt2_model="mini",
         num_layers=2, num_heads=4, feedforward_dim=512,
-        learning_rate=1e-3, eval_batch_size=64,
+        learning_rate=1e-3, eval_batch_size=64, precision="float32",
     ),
 }
 

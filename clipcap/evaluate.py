@@ -101,7 +101,7 @@ def evaluate_run(
     write_captions(run.path/f"captions_{split}.json", captions)
     encode = model.clip and text_encoder(model.clip, config.clip_model)
     scores = score_split(captions, data, split, encode)
-    protocol = {**scores.protocol, "num_beams": config.num_beams, "max_length": config.max_length,
+    protocol = {**scores.protocol, "num_beams": config.num_beams, "max_length": config.max_length, "precision": model.precision,
                 "checkpoint": checkpoint_path(run, epoch).name, "preset": run.manifest["preset"],
                 "seed": config.seed, "data_hash": run.stage_entry("01_data")["data_hash"][:12],
                 "interval": f"95% of {resamples} bootstrap samples of the images"}

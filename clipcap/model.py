@@ -11,6 +11,7 @@ __all__ = ['MappingNetwork', 'load_gpt2', 'ClipCapModel', 'generate_ids', 'gener
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ from tqdm import tqdm
 from .core import Config, Run, atomic_path, pick_device, resolve_path, seed_everything
 from .data import (Embeddings, encode_images, gpt2_path, load_clip, load_tokenizer,
                           read_photo, upright)
-from .fast import fuse_gelu, pack, token_losses
+from .fast import (OneTokenMemoryLayer, fuse_gelu, hidden_states, keep_freed_memory, pack, pack_attention,
+                          pick_dtype, token_losses)
 
 # %% ../nbs/02_model.ipynb #7ad21ebb
 class MappingNetwork(nn.Module):
@@ -46,8 +48,7 @@ class MappingNetwork(nn.Module):
                              f"choose one that does, such as {_divisor(gpt2_dim, num_heads)}")
         self.project = nn.Linear(clip_dim, gpt2_dim)
         self.prefix_constants = nn.Parameter(torch.randn(prefix_length, gpt2_dim))
-        layer = nn.TransformerDecoderLayer(gpt2_dim, num_heads, feedforward_dim, dropout,
-                                           batch_first=True)
+        layer = OneTokenMemoryLayer(gpt2_dim, num_heads, feedforward_dim, dropout, batch_first=True)
         self.decoder = nn.TransformerDecoder(layer, num_layers)
 
     def forward(
@@ -82,7 +83,7 @@ def load_gpt2(
         with torch.random.fork_rng():
             seed_everything(seed)
             gpt2.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    return fuse_gelu(gpt2).eval().requires_grad_(False)
+    return pack_attention(fuse_gelu(gpt2)).eval().requires_grad_(False)
 
 # %% ../nbs/02_model.ipynb #e87ce58c
 class ClipCapModel(nn.Module):
@@ -105,6 +106,15 @@ class ClipCapModel(nn.Module):
     @property
     def device(self) -> torch.device: return next(self.mapping_network.parameters()).device
 
+    @property
+    def precision(self) -> str:  # "float32" or "bfloat16"
+        "The type that GPT-2 computes in."
+        return str(self.gpt2.dtype).removeprefix("torch.")
+
+    def autocast(self):
+        "Context in which CLIP and the mapping network multiply as precisely as GPT-2; their weights stay float32."
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
     def train(self, mode: bool = True):
         "Training mode is for the mapping network; the frozen parts stay in evaluation mode."
         super().train(mode)
@@ -120,15 +130,14 @@ class ClipCapModel(nn.Module):
         image_of: torch.Tensor | None = None,  # (B,) which image each caption is about; None: B are B
     ) -> torch.Tensor:  # (B,) sum of -log p over the caption's tokens, in nats
         "Negative log-likelihood of each caption; those of one image share its prefix."
-        prefix, tokens = self.mapping_network(embedding), attention_mask.bool()  # (I, P, d), (B, L)
-        words = self.gpt2.get_input_embeddings()(input_ids)  # (B, L, d)
+        with self.autocast(): prefix = self.mapping_network(embedding)  # (I, P, d)
+        tokens, words = attention_mask.bool(), self.gpt2.get_input_embeddings()(input_ids)  # (B, L), (B, L, d)
         images = range(len(input_ids)) if image_of is None else image_of.tolist()
         if len(embedding) != 1 + max(images):
             raise ValueError(f"{len(embedding)} embeddings for captions of {1 + max(images)} images; give one an image")
         packed = pack(tokens.sum(1).tolist(), images, *prefix.shape[1:2], tokens.shape[1]).to(words.device)
-        inputs = torch.cat([prefix.to(words.dtype).flatten(0, 1), words.flatten(0, 1)])[packed.source]  # (R, T, d)
-        hidden = self.gpt2.base_model(inputs_embeds=inputs, position_ids=packed.position, use_cache=False,
-                                      attention_mask=packed.mask.to(inputs.dtype).log())[0].flatten(0, 1)
+        vectors = torch.cat([prefix.to(words.dtype).flatten(0, 1), words.flatten(0, 1)])  # (I*P + B*L, d)
+        hidden = hidden_states(self.gpt2, vectors, packed)  # (N, d)
         asked = torch.stack([packed.predictor[tokens], input_ids[tokens]], dim=1)
         asked, which = asked.unique(dim=0, return_inverse=True)  # a shared prefix predicts the first token once
         losses = token_losses(hidden[asked[:, 0]], self.gpt2.get_output_embeddings(), asked[:, 1])[which]
@@ -144,11 +153,15 @@ def generate_ids(
     temperature: float = 0.,  # 0: the most probable; above: drawn by chance, from `torch`'s generator
 ) -> torch.Tensor:  # (B, T) token ids, filled up with `[PAD]`
     "Continue each image's prefix with transformers' beam search, or sampling."
+    from transformers import DynamicCache
     was_training = model.training
     model.eval()
-    prefix = model.mapping_network(embeddings.to(model.device))  # (B, P, d)
+    with model.autocast(): prefix = model.mapping_network(embeddings.to(model.device))  # (B, P, d)
+    prefix, cache = prefix.to(model.gpt2.dtype), DynamicCache(config=model.gpt2.config)
+    if prefix.shape[1] > 1: model.gpt2.base_model(inputs_embeds=prefix[:, :-1], past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(num_beams)
     ids = model.gpt2.generate(
-        inputs_embeds=prefix.to(model.gpt2.dtype), attention_mask=prefix.new_ones(prefix.shape[:2]).long(),
+        inputs_embeds=prefix, past_key_values=cache, attention_mask=prefix.new_ones(prefix.shape[:2]).long(),
         max_new_tokens=max_length, max_length=None, num_beams=num_beams,
         do_sample=temperature > 0, temperature=temperature or None, early_stopping=num_beams > 1,
         bos_token_id=model.tokenizer.bos_token_id, eos_token_id=model.tokenizer.eos_token_id,
@@ -201,8 +214,8 @@ def generate_caption_batch(
         image_batch = torch.stack([
             model.preprocess(upright(i) if isinstance(i, Image.Image) else read_photo(i))
             for i in image_batch])
-    return generate_from_embeddings(encode_images(model.clip, image_batch), model, max_length,
-                                    num_beams)
+    with model.autocast(): embeddings = encode_images(model.clip, image_batch)
+    return generate_from_embeddings(embeddings, model, max_length, num_beams)
 
 
 def generate_caption(
@@ -226,15 +239,18 @@ def load_model(
         clip_dim = clip.visual.output_dim
     tokenizer = load_tokenizer(config.gpt2_model)
     gpt2 = load_gpt2(config.gpt2_model, tokenizer, config.seed)
+    width = gpt2.get_input_embeddings().weight.shape[1]
     positions = config.prefix_length + config.max_length
     if positions > getattr(gpt2.config, "max_position_embeddings", positions):
         raise ValueError(f"prefix_length={config.prefix_length} and max_length={config.max_length} "
                          f"need {positions} positions; {config.gpt2_model!r} has "
                          f"{gpt2.config.max_position_embeddings}: shorten one of them")
     seed_everything(config.seed)
-    network = MappingNetwork(clip_dim, gpt2.get_input_embeddings().weight.shape[1],
-                             config.prefix_length, config.num_layers, config.num_heads,
+    network = MappingNetwork(clip_dim, width, config.prefix_length, config.num_layers, config.num_heads,
                              config.feedforward_dim, config.dropout)
+    keep_freed_memory()
+    torch.backends.fp32_precision = "ieee"  # no TF32: where float32 is asked for, it is float32
+    gpt2.to(pick_dtype(config.precision, device, width))
     return ClipCapModel(gpt2, tokenizer, network, clip, preprocess).to(device)
 
 # %% ../nbs/02_model.ipynb #3689b3b4
@@ -297,6 +313,7 @@ def load_run(
     name: str = "demo",  # name of a trained run
     epoch: int | str | None = None,  # checkpoint: number, "best", or None: the last epoch
     device: str = "auto",  # where to compute
+    precision: str | None = None,  # "float32", "bfloat16", "auto"; None: the run's own
 ) -> ClipCapModel:  # in evaluation mode; with CLIP, unless the run used given embeddings
     "Load a trained model from its run folder. Raises `ValueError` for a run that is not trained."
     run = Run(name)
@@ -304,6 +321,7 @@ def load_run(
     path = checkpoint_path(run, epoch)
     trained_with = run.stage_entry("03_train").get("config", {})  # the settings may be newer
     config = Config(**{**run.manifest["config"], **trained_with, "device": device})
+    if precision: config = replace(config, precision=precision)
     clip_dim = Embeddings(resolve_path(config.embeddings)).dim if config.embeddings else None
     model = load_model(config, clip_dim)
     load_checkpoint(path, model.mapping_network)

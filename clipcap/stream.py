@@ -68,7 +68,7 @@ def caption_settings(
     epoch: int | str | None = None,  # checkpoint: number, "best", or None: the last epoch
     num_beams: int | None = None,  # None: the run's own
 ) -> dict:  # the first line of a captions file
-    "All that decides what a photo's caption will be. Raises `ValueError` for a run that is not trained."
+    "What decides a photo's caption, but for precision. Raises `ValueError` for a run that is not trained."
     if not run.manifest: raise ValueError(f"there is no run {run.name!r} in {run.path.parent}")
     path, config = checkpoint_path(run, epoch), Config(**run.manifest["config"])
     if num_beams is not None: config = dataclasses.replace(config, num_beams=num_beams)
@@ -119,12 +119,15 @@ def caption_files(
     num_beams: int | None = None,  # 1: greedy; None: the run's own
     batch_size: int = 32,  # photos captioned at once
     device: str = "auto",  # where to compute
+    precision: str | None = None,  # "float32", "bfloat16", "auto"; None: the run's own
     restart: bool = False,  # begin the captions file anew
 ) -> dict[str, int]:  # photos `captioned` and `unreadable` by this call, and those `done` before
     "Caption photos into JSON Lines, each image once. Raises `ValueError` as its parts do."
     settings = caption_settings(Run(run), epoch, num_beams)
+    model = load_run(run, epoch, device, precision)
+    settings["precision"] = model.precision
     done = begin_captions(out, settings, restart) if out else set()
-    model, counts = load_run(run, epoch, device), {"captioned": 0, "unreadable": 0, "done": len(done)}
+    counts = {"captioned": 0, "unreadable": 0, "done": len(done)}
     total = len({*map(str, photos)} - done) if isinstance(photos, list) else None
     new = (path for path in map(str, photos) if path not in done and not done.add(path))
     captions = caption_stream(model, new, batch_size, settings["max_length"], settings["num_beams"])

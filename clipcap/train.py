@@ -34,7 +34,10 @@ def epoch_loader(
     "The batches of one epoch: the same for the same seed and epoch."
     dataset.set_epoch(epoch)
     generator = torch.Generator().manual_seed(config.seed*1_000_003 + epoch)
-    order = torch.randperm(len(dataset), generator=generator).tolist()
+    items_of = {image: [] for image in dataset.images}
+    for item, (image, _) in enumerate(dataset.items): items_of[image].append(item)
+    images = torch.randperm(len(dataset.images), generator=generator).tolist()
+    order = [item for number in images for item in items_of[dataset.images[number]]]
     return DataLoader(Subset(dataset, order), config.batch_size, collate_fn=dataset.collate)
 
 # %% ../nbs/03_train.ipynb #1248e323
@@ -143,7 +146,7 @@ def train(
     "Train the mapping network, from the last finished epoch on."
     accelerator = Accelerator(cpu=config.device == "cpu")
     optimizer = torch.optim.AdamW(model.mapping_network.parameters(), config.learning_rate,
-                                  weight_decay=config.weight_decay)
+                                  weight_decay=config.weight_decay, fused=True)
     finished = resume(folder, model, optimizer, recipe)
     model, optimizer = accelerator.prepare(model, optimizer)
     val_loader = accelerator.prepare(DataLoader(val_set, config.eval_batch_size,
@@ -171,7 +174,7 @@ def train(
             "epoch": epoch, "train_loss": total/tokens,
             "val_loss": validation_loss(model, val_loader), **cider,
             "learning_rate": config.learning_rate, "seconds": round(seconds, 2),
-            "captions_per_second": round(len(train_set)/seconds, 1)}, config)
+            "captions_per_second": round(len(train_set)/seconds, 1), "precision": plain.precision}, config)
     return pd.DataFrame(read_metrics(folder))
 
 
