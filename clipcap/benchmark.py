@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLIP_SIZES', 'GPT2_SIZES', 'NETWORK_SIZES', 'publish_clip', 'publish_gpt2', 'Sizes', 'model_sizes', 'step_flops',
-           'matmul_shapes', 'matmul_functions', 'matmul_limit', 'bf16_pays', 'measure', 'spread', 'sample_memory',
-           'peak_memory', 'literal_step', 'our_step', 'step_results', 'first_caption_seconds', 'benchmark_rows',
-           'benchmark_table', 'plot_benchmark', 'plot_scaling']
+           'matmul_shapes', 'matmul_functions', 'matmul_limit', 'measure', 'spread', 'training_memory', 'literal_step',
+           'our_step', 'step_results', 'first_caption_seconds', 'benchmark_rows', 'benchmark_table', 'plot_benchmark',
+           'plot_scaling']
 
 # %% ../nbs/07_benchmark.ipynb #175c6fea
 import gc
@@ -14,12 +14,11 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from inspect import signature
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
@@ -27,7 +26,8 @@ import torch.nn.functional as F
 
 from .core import Config, asset_path, project_root, resolve_path, seed_everything
 from .data import encode_images, read_photo
-from .literal import literal_loss
+from .fast import has_bf16, keep_freed_memory
+from .literal import literal_loss, mean_loss
 from .model import ClipCapModel
 
 # %% ../nbs/07_benchmark.ipynb #cab30dec
@@ -134,11 +134,12 @@ def step_flops(
                 "mapping network": captions*(project + 3*s.network_layers*literal),
                 "GPT-2": captions*(2*block*padded + 3*pair*padded**2),
                 "logits": captions*2*logits*padded}
-    pairs = images*p*(p + 1)//2 + sum(p*n + n*(n + 1)//2 for n in lengths)
+    read = [n - 1 for n in lengths]  # nothing follows the last token
+    pairs = images*p*(p + 1)//2 + sum(p*n + n*(n + 1)//2 for n in read)
     needed = {"CLIP": 0,
               "mapping network": images*(project + 3*s.network_layers*frugal),
-              "GPT-2": 2*block*(images*p + sum(lengths)) + 3*pair*pairs,
-              "logits": 2*logits*(images + sum(lengths) - captions)}
+              "GPT-2": 2*block*(images*p + sum(read)) + 3*pair*pairs,
+              "logits": 2*logits*(images + sum(read))}
     return {name: {**parts, "total": sum(parts.values())}
             for name, parts in (("original", original), ("needed", needed))}
 
@@ -181,31 +182,20 @@ def matmul_limit(
     if not speeds: raise ValueError(f"no product in {kind} among {list(seconds.columns)}")
     return max(speeds)
 
-# %% ../nbs/07_benchmark.ipynb #f9719743
-def bf16_pays(
-    device: str = "cpu",  # where to compute
-    side: int = 512,  # of the products that are tried
-) -> bool:  # True where bfloat16 multiplies at least 1.5 times as fast
-    "Is there hardware for bfloat16?"
-    best = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        function, = matmul_functions([(side, side, side)], dtype, device).values()
-        best[dtype] = measure({"product": function}, 5)["product"].min()
-    return best[torch.float32] > 1.5*best[torch.bfloat16]
-
 # %% ../nbs/07_benchmark.ipynb #d73f75a3
 def measure(
     functions: dict[str, Callable],  # name -> what is measured, without arguments
     rounds: int = 5,  # how often each
+    warm_up: int = 1,  # calls of each, before, that aren't counted
 ) -> pd.DataFrame:  # seconds; a row a round, a column a function
-    "Time functions in turns, in alternating order, after one call each that isn't counted."
+    "Time functions in turns, in alternating order."
     def seconds(function):
         if torch.accelerator.is_available(): torch.accelerator.synchronize()
         started = time.perf_counter()
         function()
         if torch.accelerator.is_available(): torch.accelerator.synchronize()
         return time.perf_counter() - started
-    for function in functions.values(): function()
+    for function in [*functions.values()]*warm_up: function()
     rows = []
     for number in range(rounds):
         names = list(functions) if number % 2 == 0 else list(functions)[::-1]
@@ -222,40 +212,38 @@ def spread(
     return {"median": float(median), "low": float(low), "high": float(high)}
 
 # %% ../nbs/07_benchmark.ipynb #ccbf1c06
-def sample_memory(
-    every: float = 0.5,  # seconds
-) -> list[float]:  # GB of this process and those it starts; grows for as long as the process lives
-    "Watch resident memory from a thread."
-    import psutil
-    me, samples, never = psutil.Process(), [], threading.Event()
-    def look():
-        while not never.wait(every):
-            total = 0
-            for process in [me, *me.children(recursive=True)]:
-                try: total += process.memory_info().rss
-                except psutil.Error: pass
-            samples.append(total/1e9)
-    threading.Thread(target=look, daemon=True).start()
-    return samples
-
-
-def peak_memory(
-    work: Callable,  # without arguments
-    samples: list[float],  # from `sample_memory`
-    every: float = 0.5,  # as given there
-) -> float:  # GB; of the GPU where there is one
-    "The most memory while `work()` runs."
-    gc.collect()
-    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-    before = len(samples)
-    work()
-    time.sleep(1.2*every)
-    return torch.cuda.max_memory_allocated()/1e9 if torch.cuda.is_available() else max(samples[before:])
+def training_memory(
+    settings: dict,  # fields of `Config`
+    clip_dim: int,  # size of an embedding
+    batch: dict,  # from `FlickrDataset.collate`, on the CPU
+    steps: int = 3,  # of training
+) -> float | None:  # GB at most; None on a CPU where the system is not Linux
+    "Peak memory of some training steps in a process of their own."
+    if not torch.cuda.is_available() and not Path("/proc/self/status").is_file(): return None
+    code = ("import json, re, sys, torch\n"
+            "from pathlib import Path\n"
+            "from clipcap.benchmark import our_step\n"
+            "from clipcap.core import Config\n"
+            "from clipcap.fast import keep_freed_memory\n"
+            "from clipcap.model import load_model\n"
+            "keep_freed_memory()\n"
+            "model = load_model(Config(**json.loads(sys.argv[1])), int(sys.argv[2])).train()\n"
+            "batch = {k: v.to(model.device) for k, v in torch.load(sys.argv[3], weights_only=True).items()}\n"
+            "optimizer = torch.optim.AdamW(model.mapping_network.parameters(), 1e-5, fused=True)\n"
+            "for _ in range(int(sys.argv[4])): our_step(model, optimizer, batch)\n"
+            "if model.device.type == 'cuda': print(torch.cuda.max_memory_allocated())\n"
+            "else: print(int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])*1024)")
+    with TemporaryDirectory() as folder:
+        torch.save({k: v.cpu() for k, v in batch.items() if torch.is_tensor(v)}, Path(folder)/"batch.pt")
+        words = [json.dumps(settings), str(clip_dim), str(Path(folder)/"batch.pt"), str(steps)]
+        found = subprocess.run([sys.executable, "-c", code, *words], check=True, text=True, stdout=subprocess.PIPE,
+                               cwd=project_root())
+    return int(found.stdout.split()[-1])/1e9
 
 # %% ../nbs/07_benchmark.ipynb #ccf417ff
 def literal_step(
-    model: ClipCapModel,  # with its `clip`, in training mode
-    optimizer: torch.optim.Optimizer,  # of the mapping network
+    model: ClipCapModel,  # from `literal_model`, with its `clip`, in training mode
+    optimizer: torch.optim.Optimizer,  # of its mapping network
     pixels: torch.Tensor,  # (B, 3, H, W), preprocessed
     captions: list[str],  # B captions
 ):
@@ -268,15 +256,11 @@ def literal_step(
 
 def our_step(
     model: ClipCapModel,  # in training mode
-    optimizer: torch.optim.Optimizer,  # of the mapping network
-    batch: dict,  # a batch; `image_of` (B,) where captions share an image, and one embedding an image
+    optimizer: torch.optim.Optimizer,  # of its mapping network
+    batch: dict,  # from `FlickrDataset.collate`, on the model's device
 ):
-    "Our training step."
-    extra, embedding = {}, batch["embedding"]
-    if "image_of" in signature(ClipCapModel.forward).parameters: extra = {"image_of": batch["image_of"]}
-    else: embedding = embedding[batch["image_of"]]  # to be removed when `forward` shares prefixes
-    losses = model(embedding, batch["input_ids"], batch["attention_mask"], **extra)
-    (losses.sum()/batch["attention_mask"].sum()).backward()
+    "Our training step, as `train` has it."
+    mean_loss(model, batch).backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -398,8 +382,9 @@ def plot_scaling(
                 label=f"the same at {share:.0%} of that speed")
         ax.errorbar(part.value, part["median"], [part["median"] - part.low, part.high - part["median"]],
                     fmt="o", color="#0072B2", capsize=2, label="measured")
-        ax.set(xlabel=what, xticks=part.value, ylim=(0, None))
+        ax.set(xlabel=what, xticks=part.value)
         ax.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylim(0)  # shared by all
     for ax in axes[:, 0]: ax.set_ylabel("seconds a step")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     error = ((scaling.gflop/limit/share)/scaling["median"] - 1).abs().median()
