@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['OWN', 'paired_test', 'mark', 'in_order', 'compare_scores', 'side_by_side', 'human_scores', 'most_common_caption',
-           'mean_embedding', 'nearest_training_images', 'CiderVectors', 'consensus', 'shuffle_images',
-           'control_captions', 'yardstick_captions', 'Comparison', 'read_run', 'check_references', 'compare',
-           'write_comparison', 'plot_comparison']
+           'shuffle_images', 'control_captions', 'yardstick_captions', 'Comparison', 'read_run', 'check_references',
+           'compare', 'write_comparison', 'plot_comparison']
 
 # %% ../nbs/04b_compare.ipynb #243140e8
 import json
@@ -17,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from pycocoevalcap.bleu.bleu_scorer import precook
 from tqdm import tqdm
 
 from .core import Config, Run, atomic_path, open_run, write_json
@@ -26,6 +24,7 @@ from .evaluate import read_captions_json, score_split
 from .metrics import (CLIP_COLUMNS, Column, Scores, as_scores, average, intervals, middle,
                              resample, score, text_encoder, tokenize)
 from .model import ClipCapModel, generate_from_embeddings, load_run
+from .neighbours import CiderVectors, consensus, mean_embedding, nearest_training_images
 
 # %% ../nbs/04b_compare.ipynb #6ba42746
 def paired_test(
@@ -137,84 +136,6 @@ def most_common_caption(
     counts = Counter(words)
     best = min(counts, key=lambda w: (-counts[w], w))
     return training[words.index(best)]
-
-
-def mean_embedding(
-    data: Data,  # its training split
-) -> torch.Tensor:  # (D,)
-    "The average of the training images' embeddings, one row in memory at a time."
-    names = data.split("train").image.unique()
-    total = torch.zeros(data.embeddings.dim, dtype=torch.float64)
-    for name in names: total += data.embeddings[name]
-    return (total/len(names)).float()
-
-
-def nearest_training_images(
-    data: Data,  # table and embeddings
-    names: list[str],  # images to find neighbours of
-    number: int = 60,  # how many; fewer where the training split is smaller
-) -> dict[str, list[str]]:  # image -> training images, the most similar first
-    "Nearest training images by the cosine of embeddings, less their mean over the training split."
-    train, mean = sorted(set(data.split("train").image)), mean_embedding(data).double()
-    def directions(images): return torch.nn.functional.normalize(
-        data.embeddings.stack(images).double() - mean, dim=1)
-    queries = directions(names)
-    best = torch.empty(len(names), 0, dtype=torch.float64), torch.empty(len(names), 0, dtype=torch.long)
-    for start in range(0, len(train), 4096):  # not all embeddings need fit in memory
-        likeness = queries @ directions(train[start:start + 4096]).T
-        where = torch.arange(start, start + likeness.shape[1]).expand_as(likeness)
-        joined = [torch.cat(parts, 1) for parts in zip(best, (likeness, where))]
-        top, index = joined[0].topk(min(number, joined[0].shape[1]), dim=1)
-        best = top, joined[1].gather(1, index)
-    return {name: [train[i] for i in row] for name, row in zip(names, best[1].tolist())}
-
-# %% ../nbs/04b_compare.ipynb #242a202f
-class CiderVectors:
-    "Captions as vectors whose product is their CIDEr similarity (Vedantam et al. 2015), in [0, 1]."
-
-    def __init__(
-        self,
-        images: list[list[str]],  # captions of each training image, words separated by spaces
-    ):
-        seen = Counter(run for captions in images
-                       for run in {run for c in captions for run in precook(c, 4)[1]})
-        self.number = {run: k for k, run in enumerate(seen)}
-        self.rarity = {run: np.log(len(images)/count) for run, count in seen.items()}
-        self.known = {}
-
-    def sparse(self, caption: str) -> tuple[np.ndarray, np.ndarray]:  # numbers of runs, weights
-        "The vector of a training caption, of length 1 (shorter where runs of some lengths say nothing)."
-        if caption not in self.known:
-            runs = precook(caption, 4)[1]
-            weight = np.array([count*self.rarity[run] for run, count in runs.items()])
-            sizes = np.array([len(run) for run in runs])
-            length = np.sqrt(np.bincount(sizes, weight**2, 5))[sizes] if len(runs) else weight
-            unit = np.divide(weight, 2*length, out=np.zeros(len(runs)), where=length > 0)
-            self.known[caption] = np.array([self.number[r] for r in runs], int), unit.astype("float32")
-        return self.known[caption]
-
-    def similarity(self, captions: list[str]) -> np.ndarray:  # (C, C)
-        "Similarity of each pair of training captions."
-        numbers, weights = zip(*map(self.sparse, captions))
-        _, places, uses = np.unique(np.concatenate(numbers), return_inverse=True, return_counts=True)
-        shared = uses > 1  # a run of one caption alone makes it similar to no other
-        rows = np.repeat(np.arange(len(captions)), [len(n) for n in numbers])
-        vectors, keep = np.zeros((len(captions), shared.sum()), "float32"), shared[places]
-        vectors[rows[keep], (shared.cumsum() - 1)[places[keep]]] = np.concatenate(weights)[keep]
-        result = vectors @ vectors.T
-        np.fill_diagonal(result, [w @ w for w in weights])
-        return result
-
-
-def consensus(
-    similarity: np.ndarray,  # (C, C) of candidates
-    subset: int = 125,  # how many of the most similar others each is held against
-) -> int:  # index of the candidate that the others agree with most
-    "The consensus candidate (Devlin et al. 2015); the first among equals."
-    similarity = similarity.copy()
-    np.fill_diagonal(similarity, -np.inf)  # last in order: a caption's agreement with itself is no news
-    count = max(1, min(subset, len(similarity) - 1))
-    return int(np.argmax(-np.sort(-similarity, axis=1)[:, :count].mean(1)))
 
 # %% ../nbs/04b_compare.ipynb #c6c1c242
 def shuffle_images(

@@ -115,22 +115,43 @@ class Config:
     seed: int = 42  # the one seed: split, initial weights, order, captions drawn, dropout
     # what is trained (02_model)
     gpt2_model: str = "gpt2"  # hub name, local directory of a causal LM, or "mini"
+    mapping_network: str = "transformer"  # the original's, or another of `networks`
     prefix_length: int = 10  # prefix embeddings a photo becomes
     num_layers: int = 8  # decoder layers of the mapping network
     num_heads: int = 8  # attention heads of each
     feedforward_dim: int = 2048  # hidden width of each layer's feed-forward part
     dropout: float = 0.1  # inside the mapping network, while training
+    embedding_scaling: str = "none"  # "standard": less mean, over standard deviation of the training photos
+    embedding_noise: float = 0.0  # standard deviation of noise on the scaled embedding, while training
+    embedding_dropout: float = 0.0  # share of the embedding's numbers left out, while training
     # how (03_train)
     epochs: int = 30  # passes over the training images
     batch_size: int = 32  # captions a step
-    learning_rate: float = 1e-5  # AdamW, constant
+    learning_rate: float = 1e-5  # AdamW, at its highest
     weight_decay: float = 1e-5  # AdamW, decoupled
+    schedule: str = "constant"  # or the rate falls to 0 as "linear" or "cosine"
+    warmup: float = 0.0  # share of all steps in which the rate climbs from 0
+    accumulate: int = 1  # batches a step
+    clip_norm: float = 0.0  # largest norm of a gradient; 0: any
+    label_smoothing: float = 0.0  # share of each target that all words divide among them
+    token_dropout: float = 0.0  # share of the words that GPT-2 doesn't get to read
+    ema: float = 0.0  # decay of an average of the weights; 0: no average
+    patience: int = 0  # epochs without a better one before training stops; 0: any
     max_length: int = 40  # tokens of a caption, both special ones counted; at decoding too
     caption_sampling: str = "random"  # "random": one caption an image an epoch; "all": all five
     keep: str = "best"  # checkpoints kept: "best" and last, or "all" as the original
     best_by: str = "loss"  # on the validation split: lowest "loss", or highest "cider" (slow)
     # how captions are written (04_evaluate)
+    checkpoint: str = "last"  # of the "last" epoch, or of the "best"
     num_beams: int = 5  # beams of the search
+    length_penalty: float = 1.0  # beams are ranked by log-likelihood over length to this power
+    no_repeat_ngram: int = 0  # tokens of a run that may not come twice; 0: any may
+    temperature: float = 0.0  # 0: the likeliest; above: drawn by chance, samples below too
+    top_p: float = 1.0  # drawn from the likeliest words that together have this share
+    rerank: str = "none"  # "mbr", "consensus", "clip": the best of beams and samples, and of neighbours' captions
+    samples: int = 0  # captions drawn as candidates beside the beams
+    neighbours: int = 60  # training images whose captions are asked, for "consensus"
+    likelihood_weight: float = 0.0  # of the log-likelihood of a token, added to a candidate's mark
     eval_batch_size: int = 32  # images captioned at once
     # where and how it is computed: changes speed and rounding, not meaning
     device: str = "auto"  # "auto", "cpu", "cuda", "mps"
@@ -147,12 +168,20 @@ _CHOICES = {
     "best_by": ("loss", "cider"),
     "device": ("auto", "cpu", "cuda", "mps"),
     "precision": ("auto", "float32", "bfloat16"),
+    "mapping_network": ("transformer", "transformer_clip_tokens", "mlp", "linear", "lowrank"),
+    "embedding_scaling": ("none", "standard"),
+    "checkpoint": ("last", "best"),
+    "rerank": ("none", "mbr", "consensus", "clip"),
+    "schedule": ("constant", "linear", "cosine"),
 }
 _AT_LEAST = {  # smallest possible value of each number
     "seed": 0, "prefix_length": 1, "num_layers": 1, "num_heads": 1, "feedforward_dim": 1,
     "dropout": 0, "epochs": 1, "batch_size": 1, "learning_rate": 0, "weight_decay": 0,
-    "max_length": 3, "num_beams": 1, "eval_batch_size": 1,
+    "max_length": 3, "num_beams": 1, "eval_batch_size": 1, "embedding_noise": 0, "embedding_dropout": 0,
+    "warmup": 0, "accumulate": 1, "clip_norm": 0, "label_smoothing": 0, "token_dropout": 0, "ema": 0, "patience": 0,
+    "length_penalty": 0, "no_repeat_ngram": 0, "temperature": 0, "top_p": 0, "samples": 0, "neighbours": 1, "likelihood_weight": 0,
 }
+_SHARES = ("dropout", "embedding_dropout", "warmup", "label_smoothing", "token_dropout", "ema")  # below 1
 
 
 def _check_config(config):
@@ -168,8 +197,8 @@ def _check_config(config):
             raise ValueError(f"{name}={value!r} is unknown; choose one of {_CHOICES[name]}")
         if name in _AT_LEAST and not value >= _AT_LEAST[name]:
             raise ValueError(f"{name}={value!r} is too small; it must be at least {_AT_LEAST[name]}")
-    if config.dropout >= 1:
-        raise ValueError(f"dropout={config.dropout!r} is too large; it must be below 1")
+        if name in _SHARES and value >= 1:
+            raise ValueError(f"{name}={value!r} is too large; it must be below 1")
 
 # %% ../nbs/00_core.ipynb #ec65f88c
 PRESETS = {
@@ -201,11 +230,13 @@ def make_config(
 # %% ../nbs/00_core.ipynb #6122954a
 STAGE_FIELDS = {
     "01_data": ("data_root", "split", "on_bad_image", "clip_model", "embeddings", "seed"),
-    "02_model": ("gpt2_model", "prefix_length", "num_layers", "num_heads", "feedforward_dim",
-                 "dropout"),
-    "03_train": ("epochs", "batch_size", "learning_rate", "weight_decay", "max_length",
+    "02_model": ("gpt2_model", "mapping_network", "prefix_length", "num_layers", "num_heads",
+                 "feedforward_dim", "dropout", "embedding_scaling", "embedding_noise", "embedding_dropout"),
+    "03_train": ("epochs", "batch_size", "learning_rate", "weight_decay", "schedule", "warmup", "accumulate",
+                 "clip_norm", "label_smoothing", "token_dropout", "ema", "patience", "max_length",
                  "caption_sampling", "keep", "best_by"),
-    "04_evaluate": ("num_beams", "eval_batch_size"),
+    "04_evaluate": ("checkpoint", "num_beams", "length_penalty", "no_repeat_ngram", "temperature", "top_p", "rerank",
+                    "samples", "neighbours", "likelihood_weight", "eval_batch_size"),
     "05_error_analysis": (),
     "06_attention": (),
     "10_report": (),

@@ -125,18 +125,20 @@ def hidden_states(
 # %% ../nbs/01b_fast.ipynb #0dc92ecc
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, chunk):
+    def forward(ctx, hidden, weight, bias, targets, chunk, smoothing):
         losses, gradient = hidden.new_empty(len(hidden), dtype=torch.float), None
         if ctx.needs_input_grad[0]: gradient = torch.empty_like(hidden)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             logits, right = F.linear(hidden[rows], weight, bias).float(), targets[rows, None]
-            top, said = logits.amax(1, keepdim=True), logits.gather(1, right)
+            top, said = logits.amax(1, keepdim=True), (1 - smoothing)*logits.gather(1, right)
+            if smoothing: said += smoothing*logits.mean(1, keepdim=True)
             p = logits.sub_(top).exp_()  # in place: no second table
             total = p.sum(1, keepdim=True)
             losses[rows] = (total.log() + top - said)[:, 0]
             if gradient is None: continue
-            p.div_(total).scatter_add_(1, right, torch.full_like(said, -1))
+            p.div_(total).scatter_add_(1, right, torch.full_like(said, smoothing - 1))
+            if smoothing: p -= smoothing/p.shape[1]
             gradient[rows] = p.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
         return losses
@@ -144,7 +146,7 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, by_loss):
         gradient, = ctx.saved_tensors
-        return (by_loss[:, None]*gradient).to(gradient.dtype), None, None, None, None
+        return (by_loss[:, None]*gradient).to(gradient.dtype), None, None, None, None, None
 
 
 def token_losses(
@@ -152,10 +154,12 @@ def token_losses(
     head: nn.Linear,  # output layer, (V, d)
     targets: torch.Tensor,  # (N,) token ids
     chunk: int = 256,  # tokens whose logits exist at once
+    smoothing: float = 0.,  # share of a target that all words divide among them (Szegedy et al. 2016, §7)
 ) -> torch.Tensor:  # (N,) -log p of each target, in nats, float32
     "Cross-entropy of an output layer; in chunks where the layer is frozen."
-    if head.weight.requires_grad: return F.cross_entropy(head(hidden).float(), targets, reduction="none")
-    return _TokenLosses.apply(hidden, head.weight, head.bias, targets, chunk)
+    if head.weight.requires_grad:
+        return F.cross_entropy(head(hidden).float(), targets, reduction="none", label_smoothing=smoothing)
+    return _TokenLosses.apply(hidden, head.weight, head.bias, targets, chunk, smoothing)
 
 # %% ../nbs/01b_fast.ipynb #5a0c1e06
 class OneTokenMemoryLayer(nn.TransformerDecoderLayer):

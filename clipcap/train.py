@@ -24,6 +24,8 @@ from .data import FlickrDataset, load_data
 from .metrics import score
 from .model import (ClipCapModel, best_epoch, caption_images, load_checkpoint, load_model,
                            read_metrics, save_checkpoint)
+from .networks import fit_scaling
+from .optimize import Average, drop_tokens, groups, is_stale, rate_schedule
 
 # %% ../nbs/03_train.ipynb #8976c97c
 def epoch_loader(
@@ -80,17 +82,19 @@ def finish_epoch(
     folder: Path,  # run folder
     model: ClipCapModel,  # trained for `metrics["epoch"]` epochs
     optimizer: torch.optim.Optimizer,  # with its moments
+    average: Average,  # of the mapping network's weights, or none
     recipe: dict,  # what these weights depend on
     metrics: dict,  # this epoch's line; its number under "epoch"
     config: Config,  # which checkpoints are kept
 ):
     "Write a checkpoint, the metrics and, last, what resuming needs; then remove what is not kept."
-    epoch, weights = metrics["epoch"], model.mapping_network.state_dict()
-    save_checkpoint(folder/f"checkpoints/mapping_network_epoch_{epoch}.pth", weights)
+    epoch, network = metrics["epoch"], model.mapping_network
+    with average.in_place():
+        save_checkpoint(folder/f"checkpoints/mapping_network_epoch_{epoch}.pth", network.state_dict())
     _append_metrics(folder, metrics)
     save_checkpoint(folder/"checkpoints/last.pt", {
-        "epoch": epoch, "mapping_network": weights, "optimizer": optimizer.state_dict(),
-        "recipe": json.dumps(recipe)})
+        "epoch": epoch, "mapping_network": network.state_dict(), "average": average.state_dict(),
+        "optimizer": optimizer.state_dict(), "recipe": json.dumps(recipe)})
     if config.keep == "best":
         kept = {f"mapping_network_epoch_{n}.pth"
                 for n in (epoch, best_epoch(read_metrics(folder), config.best_by))}
@@ -113,14 +117,15 @@ def recipe_changes(
     now: dict,  # recipe asked for
 ) -> list[str]:  # such as "learning_rate was 0.001, is 0.5"
     "In what two recipes differ."
-    return [f"{key} was {before.get(key)!r}, is {value!r}" for key, value in now.items()
-            if before.get(key) != value]
+    old = {key: before.get(key, getattr(Config, key, None)) for key in now}  # of before there was such a field
+    return [f"{key} was {old[key]!r}, is {value!r}" for key, value in now.items() if old[key] != value]
 
 
 def resume(
     folder: Path,  # run folder
     model: ClipCapModel,  # gets the weights of the last finished epoch
     optimizer: torch.optim.Optimizer,  # gets its moments
+    average: Average,  # goes on from where it was
     recipe: dict,  # must be what the run was trained with so far
 ) -> int:  # epochs that are finished
     "Continue from `last.pt`, if there is one. Raises `ValueError` where its recipe is another."
@@ -132,6 +137,7 @@ def resume(
                          f"({'; '.join(changes)}); choose another run, or begin anew: restart=True")
     model.mapping_network.load_state_dict(state["mapping_network"])
     optimizer.load_state_dict(state["optimizer"])
+    average.load_state_dict(state.get("average", {}))
     return state["epoch"]
 
 # %% ../nbs/03_train.ipynb #9b08afbe
@@ -147,33 +153,43 @@ def train(
     accelerator = Accelerator(cpu=config.device == "cpu")
     optimizer = torch.optim.AdamW(model.mapping_network.parameters(), config.learning_rate,
                                   weight_decay=config.weight_decay, fused=True)
-    finished = resume(folder, model, optimizer, recipe)
+    average = Average(model.mapping_network, config.ema)
+    finished, hidden = resume(folder, model, optimizer, average, recipe), model.tokenizer.pad_token_id
+    steps = -(-len(epoch_loader(train_set, config, 1))//config.accumulate)
+    schedule = rate_schedule(optimizer, config, steps, finished)
     model, optimizer = accelerator.prepare(model, optimizer)
     val_loader = accelerator.prepare(DataLoader(val_set, config.eval_batch_size,
                                                 collate_fn=val_set.collate))
     for epoch in range(finished + 1, config.epochs + 1):
+        if is_stale(read_metrics(folder), config): break
         seed_everything(config.seed, epoch)
         started, total, tokens = time.monotonic(), 0.0, 0
         model.train()
         loader = accelerator.prepare(epoch_loader(train_set, config, epoch))
-        for batch in (bar := tqdm(loader, desc=f"epoch {epoch}/{config.epochs}", unit="batch")):
-            losses = model(batch["embedding"], batch["input_ids"], batch["attention_mask"],
-                           batch["image_of"])
-            count = batch["attention_mask"].sum()
-            total, tokens = total + losses.sum().item(), tokens + count.item()
-            if not total < float("inf"): raise _not_finite(folder, epoch, batch, losses)
-            accelerator.backward(losses.sum()/count)
+        for group in (bar := tqdm(groups(loader, config.accumulate), f"epoch {epoch}/{config.epochs}", steps, unit="step")):
+            count = sum(batch["attention_mask"].sum() for batch in group)
+            for batch in group:
+                read_ids = drop_tokens(batch["input_ids"], config.token_dropout, hidden)
+                losses = model(batch["embedding"], batch["input_ids"], batch["attention_mask"],
+                               batch["image_of"], read_ids, config.label_smoothing)
+                total += losses.sum().item()
+                if not total < float("inf"): raise _not_finite(folder, epoch, batch, losses)
+                accelerator.backward(losses.sum()/count)
+            tokens += count.item()
+            if config.clip_norm: accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
+            schedule.step()
+            average.update()
             bar.set_postfix(loss=f"{total/tokens:.3f}", refresh=False)
         seconds = time.monotonic() - started
         plain = accelerator.unwrap_model(model)
-        cider = ({"val_cider": validation_cider(plain, val_set, config)}
-                 if config.best_by == "cider" else {})
-        finish_epoch(folder, plain, optimizer, recipe, {
-            "epoch": epoch, "train_loss": total/tokens,
-            "val_loss": validation_loss(model, val_loader), **cider,
-            "learning_rate": config.learning_rate, "seconds": round(seconds, 2),
+        with average.in_place():
+            marks = {"val_loss": validation_loss(model, val_loader)}
+            if config.best_by == "cider": marks["val_cider"] = validation_cider(plain, val_set, config)
+        finish_epoch(folder, plain, optimizer, average, recipe, {
+            "epoch": epoch, "train_loss": total/tokens, **marks,
+            "learning_rate": optimizer.param_groups[0]["lr"], "seconds": round(seconds, 2),
             "captions_per_second": round(len(train_set)/seconds, 1), "precision": plain.precision}, config)
     return pd.DataFrame(read_metrics(folder))
 
@@ -199,13 +215,15 @@ def train_run(
     "Train a run, or go on with it."
     data = load_data(run, config)
     model = load_model(config, data.embeddings.dim)
+    fit_scaling(model.mapping_network, map(data.embeddings.__getitem__, data.split("train").image.unique()))
     train_set, val_set = (FlickrDataset(data.split(part), data.embeddings, model.tokenizer,
                                         config.max_length, sampling, config.seed)
                           for part, sampling in (("train", config.caption_sampling), ("val", "all")))
     entry = run.stage_entry("01_data")
     recipe = {**stage_config(config, "03_train"), "data_hash": entry.get("data_hash"),
               "encoder": data.embeddings.encoder}
-    for name in ("epochs", "keep", "best_by"): del recipe[name]  # they change no weight
+    for name in ("epochs", "keep", "best_by", "patience"):  # they change no weight
+        if name != "epochs" or config.schedule == "constant" and not config.warmup: del recipe[name]
     before = trained_so_far(run.path)
     if before and before["epoch"] > config.epochs and not restart:
         raise ValueError(f"run {run.name!r} is trained for {before['epoch']} epochs, more than "
@@ -255,5 +273,6 @@ def watch(
             display(figure)
             plt.close(figure)
         seen = len(metrics)
-        if seen >= run.manifest["config"]["epochs"]: return metrics
+        config = Config(**run.manifest["config"])
+        if seen >= config.epochs or is_stale(read_metrics(run.path), config): return metrics
         time.sleep(every)
