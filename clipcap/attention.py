@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .core import atomic_path
 from .data import Data, encode_captions, load_data
-from .model import ClipCapModel, load_run
+from .model import ClipCapModel, MappingNetwork, load_run
 
 # %% ../nbs/06_attention.ipynb #76b2cdd6
 @contextmanager
@@ -118,8 +118,8 @@ class Explanation:
     prefix: torch.Tensor  # (W, P) relevance of each prefix token, >= 0
     earlier: torch.Tensor  # (W, W) relevance of each word so far, >= 0
     attention: torch.Tensor  # (layers, heads, W, P + 1 + W) GPT-2's: to prefix, start token, words so far
-    constants: torch.Tensor  # (layers, heads, P, P) the mapping network's, among its prefix constants
-    memory: torch.Tensor  # (layers, heads, P, M) and from them to the memory
+    constants: torch.Tensor | None  # (layers, heads, P, P) of `MappingNetwork`, among its prefix constants; else None
+    memory: torch.Tensor | None  # (layers, heads, P, M) and from them to the memory
     last: torch.Tensor | None  # (h, w) CLIP's last layer, class token to patches, mean of the heads
 
     @property
@@ -141,6 +141,7 @@ def explain(
         with record_attention() as seen:
             embeddings = model.clip.encode_image(images).float() if images.ndim == 4 else images
         with record_attention() as mapped: prefix = model.mapping_network(embeddings)
+        if not isinstance(model.mapping_network, MappingNetwork): mapped = []
         with record_attention() as spoken: scores = word_scores(model, prefix, words)
     _check_recorded(images, seen, spoken)
     first = prefix.shape[1] - 1  # the position that chooses the first token
@@ -188,8 +189,8 @@ def _explanation(b, texts, words, start, sight, speech, seen, mapped, spoken, P)
     last = seen[-1][b, :, 0, 1:].mean(0) if seen else None
     parts = dict(photo=_square(torch.stack([s[b] for s in sight])[:W]) if sight else None,
                  prefix=speech[:, :P], earlier=by_word(speech), attention=attention,
-                 constants=torch.stack([a[b] for a in mapped[::2]]),
-                 memory=torch.stack([a[b] for a in mapped[1::2]]),
+                 constants=torch.stack([a[b] for a in mapped[::2]]) if mapped else None,
+                 memory=torch.stack([a[b] for a in mapped[1::2]]) if mapped else None,
                  last=None if last is None else _square(last))
     return Explanation(texts, **{k: v if v is None else v.detach().float().cpu() for k, v in parts.items()})
 

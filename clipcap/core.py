@@ -367,10 +367,11 @@ def check_earlier(
                 f"{stage} needs {earlier}, which is not finished in run {run.name!r}; first: "
                 f"papermill nbs/{earlier}.ipynb OUT.ipynb -p run {run.name}")
         for name, value in stage_config(config, earlier).items():
-            if entry["config"].get(name) != value:
+            before = entry["config"].get(name, getattr(Config, name))  # a run may be older than a field
+            if before != value:
                 raise ValueError(
                     f"{name}={value!r}, but {earlier} of run {run.name!r} was made with "
-                    f"{entry['config'].get(name)!r}; run {earlier} again or choose another run")
+                    f"{before!r}; run {earlier} again or choose another run")
 
 
 @contextmanager
