@@ -4,6 +4,7 @@
 # make flickr8k the original at full size: downloads what is missing, wants a GPU; PRESET and RUN are flickr8k
 # make full-size-check   the same road with random weights of full size and 64 photos, minutes on 2 cores
 # make benchmark   training step and captioning against the original's loop and the machine's limit, full size
+# make ablation  one change at a time on real photographs, SEEDS and WORKERS; table in outputs/ablation.csv, gone on with
 # make compare RUNS="demo other"   runs side by side, with intervals, tests and yardsticks
 # make faithful is what 06_attention shows true? deletion, insertion and pointing, on RUN
 # make mini     draw the embedded scenes and train the miniature backbones anew
@@ -20,7 +21,7 @@ PRESET ?= mini
 SET ?=
 FORCE ?=
 
-.PHONY: run test real flickr8k full-size-check benchmark compare faithful mini export readme lab
+.PHONY: run test real flickr8k full-size-check benchmark ablation compare faithful mini export readme lab
 
 run: $(VENV)/installed
 	$(BIN)/python -m clipcap.pipeline --run $(RUN) --preset $(PRESET) $(if $(FORCE),--force) $(SET)
@@ -51,6 +52,11 @@ full-size-check: $(VENV)/installed
 benchmark: $(VENV)/installed
 	@mkdir -p outputs/benchmark
 	$(BIN)/papermill nbs/07_benchmark.ipynb outputs/benchmark.ipynb -k python3 -p size full -p data_root $(DATA_ROOT)
+
+WORKERS ?= 2
+ablation: $(VENV)/installed
+	$(BIN)/papermill nbs/08_sweep.ipynb outputs/ablation.ipynb -k python3 \
+		-p ground real -p seeds "$(SEEDS)" -p workers $(WORKERS)
 
 RUNS ?= $(RUN)
 compare: $(VENV)/installed
