@@ -56,7 +56,8 @@ benchmark: $(VENV)/installed
 WORKERS ?= 2
 ablation: $(VENV)/installed
 	$(BIN)/papermill nbs/08_sweep.ipynb outputs/ablation.ipynb -k python3 \
-		-p ground real -p seeds "$(SEEDS)" -p workers $(WORKERS)
+		-p ground real -p seeds "$(SEEDS)" -p workers $(WORKERS) \
+		-p data_root $(DATA_ROOT) -p embeddings $(EMBEDDINGS) -p gpt2_model $(GPT2_MODEL)
 
 RUNS ?= $(RUN)
 compare: $(VENV)/installed

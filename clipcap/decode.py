@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .core import Config, seed_everything
 from .data import Data, encode_captions
 from .metrics import tokenize
-from .model import ClipCapModel, caption_images, generate_from_embeddings, generation_options
+from .model import ClipCapModel, generate_from_embeddings, generation_options
 from .neighbours import CiderVectors, agreement, nearest_training_images
 
 # %% ../nbs/03b_decode.ipynb #a2e9d9a8

@@ -7,7 +7,7 @@ __all__ = ['rate_schedule', 'groups', 'drop_tokens', 'Average', 'is_stale']
 
 # %% ../nbs/02f_optimize.ipynb #33565c7d
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 
 import torch
