@@ -112,11 +112,16 @@ class Config:
     on_bad_image: str = "stop"  # "stop" names unreadable photos; "skip" goes on without them
     clip_model: str = "ViT-B/32"  # name that `clip.load` knows, local file, or "mini"
     embeddings: str | None = None  # safetensors file or folder that replaces CLIP
+    features: str = "embedding"  # "embedding": one vector a photo; "grid": one for each patch of it
+    views: int = 0  # further cached views of each training photo, cropped and mirrored by chance
     seed: int = 42  # the one seed: split, initial weights, order, captions drawn, dropout
     # what is trained (02_model)
     gpt2_model: str = "gpt2"  # hub name, local directory of a causal LM, or "mini"
-    mapping_network: str = "transformer"  # the original's, or another of `networks`
+    gpt2_tuning: str = "none"  # GPT-2 stays frozen; "lora": small matrices beside its own; "full": all of it
+    lora_rank: int = 8  # rank of those matrices
+    mapping_network: str = "transformer"  # the original's, or another of `NETWORKS`
     prefix_length: int = 10  # prefix embeddings a photo becomes
+    prompt_length: int = 0  # tokens of the nearest training photos' captions, between prefix and caption
     num_layers: int = 8  # decoder layers of the mapping network
     num_heads: int = 8  # attention heads of each
     feedforward_dim: int = 2048  # hidden width of each layer's feed-forward part
@@ -128,6 +133,7 @@ class Config:
     epochs: int = 30  # passes over the training images
     batch_size: int = 32  # captions a step
     learning_rate: float = 1e-5  # AdamW, at its highest
+    gpt2_learning_rate: float = 1e-5  # of what is trained of GPT-2
     weight_decay: float = 1e-5  # AdamW, decoupled
     schedule: str = "constant"  # or the rate falls to 0 as "linear" or "cosine"
     warmup: float = 0.0  # share of all steps in which the rate climbs from 0
@@ -141,14 +147,18 @@ class Config:
     caption_sampling: str = "random"  # "random": one caption an image an epoch; "all": all five
     keep: str = "best"  # checkpoints kept: "best" and last, or "all" as the original
     best_by: str = "loss"  # on the validation split: lowest "loss", or highest "cider" (slow)
+    # and then for CIDEr itself (03c_scst)
+    scst_epochs: int = 0  # further epochs of self-critical training; 0: none
+    scst_learning_rate: float = 1e-5  # AdamW, constant
+    scst_samples: int = 5  # captions drawn an image
     # how captions are written (04_evaluate)
-    checkpoint: str = "last"  # of the "last" epoch, or of the "best"
+    checkpoint: str = "last"  # of the "last" epoch, of the "best", or the "average" of all that are kept
     num_beams: int = 5  # beams of the search
     length_penalty: float = 1.0  # beams are ranked by log-likelihood over length to this power
     no_repeat_ngram: int = 0  # tokens of a run that may not come twice; 0: any may
     temperature: float = 0.0  # 0: the likeliest; above: drawn by chance, samples below too
     top_p: float = 1.0  # drawn from the likeliest words that together have this share
-    rerank: str = "none"  # "mbr", "consensus", "clip": the best of beams and samples, and of neighbours' captions
+    rerank: str = "none"  # "mbr", "consensus", "regression", "clip": the best of beams, samples and neighbours' captions
     samples: int = 0  # captions drawn as candidates beside the beams
     neighbours: int = 60  # training images whose captions are asked, for "consensus"
     likelihood_weight: float = 0.0  # of the log-likelihood of a token, added to a candidate's mark
@@ -168,10 +178,12 @@ _CHOICES = {
     "best_by": ("loss", "cider"),
     "device": ("auto", "cpu", "cuda", "mps"),
     "precision": ("auto", "float32", "bfloat16"),
-    "mapping_network": ("transformer", "transformer_clip_tokens", "mlp", "linear", "lowrank"),
+    "features": ("embedding", "grid"),
+    "gpt2_tuning": ("none", "lora", "full"),
+    "mapping_network": ("transformer", "transformer_clip_tokens", "grid", "mlp", "linear", "lowrank"),
     "embedding_scaling": ("none", "standard"),
-    "checkpoint": ("last", "best"),
-    "rerank": ("none", "mbr", "consensus", "clip"),
+    "checkpoint": ("last", "best", "average"),
+    "rerank": ("none", "mbr", "consensus", "regression", "clip"),
     "schedule": ("constant", "linear", "cosine"),
 }
 _AT_LEAST = {  # smallest possible value of each number
@@ -180,6 +192,8 @@ _AT_LEAST = {  # smallest possible value of each number
     "max_length": 3, "num_beams": 1, "eval_batch_size": 1, "embedding_noise": 0, "embedding_dropout": 0,
     "warmup": 0, "accumulate": 1, "clip_norm": 0, "label_smoothing": 0, "token_dropout": 0, "ema": 0, "patience": 0,
     "length_penalty": 0, "no_repeat_ngram": 0, "temperature": 0, "top_p": 0, "samples": 0, "neighbours": 1, "likelihood_weight": 0,
+    "views": 0, "lora_rank": 1, "prompt_length": 0, "gpt2_learning_rate": 0, "scst_epochs": 0, "scst_learning_rate": 0,
+    "scst_samples": 2,
 }
 _SHARES = ("dropout", "embedding_dropout", "warmup", "label_smoothing", "token_dropout", "ema")  # below 1
 
@@ -229,12 +243,13 @@ def make_config(
 
 # %% ../nbs/00_core.ipynb #6122954a
 STAGE_FIELDS = {
-    "01_data": ("data_root", "split", "on_bad_image", "clip_model", "embeddings", "seed"),
-    "02_model": ("gpt2_model", "mapping_network", "prefix_length", "num_layers", "num_heads",
+    "01_data": ("data_root", "split", "on_bad_image", "clip_model", "embeddings", "features", "views", "seed"),
+    "02_model": ("gpt2_model", "gpt2_tuning", "lora_rank", "mapping_network", "prefix_length", "prompt_length", "num_layers", "num_heads",
                  "feedforward_dim", "dropout", "embedding_scaling", "embedding_noise", "embedding_dropout"),
-    "03_train": ("epochs", "batch_size", "learning_rate", "weight_decay", "schedule", "warmup", "accumulate",
+    "03_train": ("epochs", "batch_size", "learning_rate", "gpt2_learning_rate", "weight_decay", "schedule", "warmup", "accumulate",
                  "clip_norm", "label_smoothing", "token_dropout", "ema", "patience", "max_length",
                  "caption_sampling", "keep", "best_by"),
+    "03c_scst": ("scst_epochs", "scst_learning_rate", "scst_samples"),
     "04_evaluate": ("checkpoint", "num_beams", "length_penalty", "no_repeat_ngram", "temperature", "top_p", "rerank",
                     "samples", "neighbours", "likelihood_weight", "eval_batch_size"),
     "05_error_analysis": (),
