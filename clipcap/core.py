@@ -160,7 +160,8 @@ class Config:
     top_p: float = 1.0  # drawn from the likeliest words that together have this share
     rerank: str = "none"  # "mbr", "consensus", "regression", "clip": the best of beams, samples and neighbours' captions
     samples: int = 0  # captions drawn as candidates beside the beams
-    neighbours: int = 60  # training images whose captions are asked, for "consensus"
+    neighbours: int = 60  # training images whose captions are asked, for "consensus" and "regression"
+    ridge: float = 1.0  # how little a single training image is believed, for "regression"
     likelihood_weight: float = 0.0  # of the log-likelihood of a token, added to a candidate's mark
     eval_batch_size: int = 32  # images captioned at once
     # where and how it is computed: changes speed and rounding, not meaning
@@ -192,7 +193,7 @@ _AT_LEAST = {  # smallest possible value of each number
     "max_length": 3, "num_beams": 1, "eval_batch_size": 1, "embedding_noise": 0, "embedding_dropout": 0,
     "warmup": 0, "accumulate": 1, "clip_norm": 0, "label_smoothing": 0, "token_dropout": 0, "ema": 0, "patience": 0,
     "length_penalty": 0, "no_repeat_ngram": 0, "temperature": 0, "top_p": 0, "samples": 0, "neighbours": 1, "likelihood_weight": 0,
-    "views": 0, "lora_rank": 1, "prompt_length": 0, "gpt2_learning_rate": 0, "scst_epochs": 0, "scst_learning_rate": 0,
+    "ridge": 0, "views": 0, "lora_rank": 1, "prompt_length": 0, "gpt2_learning_rate": 0, "scst_epochs": 0, "scst_learning_rate": 0,
     "scst_samples": 2,
 }
 _SHARES = ("dropout", "embedding_dropout", "warmup", "label_smoothing", "token_dropout", "ema")  # below 1
@@ -251,7 +252,7 @@ STAGE_FIELDS = {
                  "caption_sampling", "keep", "best_by"),
     "03c_scst": ("scst_epochs", "scst_learning_rate", "scst_samples"),
     "04_evaluate": ("checkpoint", "num_beams", "length_penalty", "no_repeat_ngram", "temperature", "top_p", "rerank",
-                    "samples", "neighbours", "likelihood_weight", "eval_batch_size"),
+                    "samples", "neighbours", "ridge", "likelihood_weight", "eval_batch_size"),
     "05_error_analysis": (),
     "06_attention": (),
     "10_report": (),

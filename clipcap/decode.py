@@ -16,7 +16,7 @@ from .core import Config, seed_everything
 from .data import Data, encode_captions
 from .metrics import tokenize
 from .model import ClipCapModel, generate_from_embeddings, generation_options
-from .neighbours import CiderVectors, agreement, nearest_training_images
+from .neighbours import CiderVectors, ExpectedSimilarity, agreement, nearest_training_images, regression_weights
 
 # %% ../nbs/03b_decode.ipynb #a2e9d9a8
 def candidate_captions(
@@ -65,7 +65,7 @@ def rerank_captions(
     "Caption images with the best of several candidates. Raises `ValueError` for `clip` without a CLIP."
     if config.rerank == "clip" and encode is None:
         raise ValueError("rerank='clip' needs the CLIP that saw the photos, and this run was given "
-                         "embeddings; choose 'mbr' or 'consensus'")
+                         "embeddings; choose 'mbr', 'consensus' or 'regression'")
     texts = {}
     for start in tqdm(range(0, len(names), config.eval_batch_size), desc="candidates", unit="batch"):
         batch = names[start:start + config.eval_batch_size]
@@ -74,16 +74,19 @@ def rerank_captions(
     words = train.assign(words=tokenize({"train": train.caption.tolist()})["train"]).groupby("image")
     said, original = words.words.apply(list).to_dict(), words.caption.apply(list).to_dict()
     vectors, cut = CiderVectors(list(said.values())), tokenize(texts)
-    near = nearest_training_images(data, names, config.neighbours) if config.rerank == "consensus" else dict.fromkeys(names, [])
+    asks, near = config.rerank in ("consensus", "regression"), dict.fromkeys(names, [])
+    if asks: near = nearest_training_images(data, names, config.neighbours)
+    if config.rerank == "regression":
+        expected, weights = ExpectedSimilarity(vectors, list(said.values())), dict(zip(names, regression_weights(data, names, config.ridge)))
     chosen = {}
     for name in tqdm(names, desc="reranking", unit="image"):
         others = [c for n in near[name] for c in original[n]]
         candidates, embedding = others + texts[name], data.embeddings[name]
+        by_words = [w for n in near[name] for w in said[n]] + cut[name]
         if config.rerank == "clip":
             marks = encode(candidates) @ embedding.double().numpy()  # texts of length 1: the order of cosines
-        else:
-            similarity = vectors.similarity([w for n in near[name] for w in said[n]] + cut[name])
-            marks = agreement(similarity, len(others) or None)
+        elif config.rerank == "regression": marks = expected(by_words, weights[name])
+        else: marks = agreement(vectors.similarity(by_words), len(others) or None)
         if config.likelihood_weight: marks = marks + config.likelihood_weight*log_likelihoods(model, embedding, candidates, config.max_length)
         chosen[name] = candidates[int(np.argmax(marks))]
     return chosen

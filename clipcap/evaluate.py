@@ -93,7 +93,7 @@ def written_by(
     config: Config,  # of a run
 ) -> dict:  # goes into the protocol
     "How captions were written: the beams, and what is not as in the original."
-    names = ("length_penalty", "no_repeat_ngram", "temperature", "top_p", "rerank", "samples", "neighbours", "likelihood_weight")
+    names = ("length_penalty", "no_repeat_ngram", "temperature", "top_p", "rerank", "samples", "neighbours", "ridge", "likelihood_weight")
     return {"num_beams": config.num_beams} | {n: getattr(config, n) for n in names if getattr(config, n) != getattr(Config, n)}
 
 

@@ -87,6 +87,7 @@ def run_stages(
     run: str = "demo",  # folder under `outputs/`
     preset: str = "mini",  # key of `PRESETS`
     force: bool = False,  # run every stage, finished or not
+    tests: bool = True,  # False: cells tagged `test` are skipped
     stages=tuple(STAGE_FIELDS),  # which
     notebooks: Path | None = None,  # their folder; the project's `nbs` where None
     **changes,  # fields of `Config`
@@ -111,7 +112,7 @@ def run_stages(
         out.parent.mkdir(parents=True, exist_ok=True)
         papermill.execute_notebook(
             str(notebooks/f"{stage}.ipynb"), str(out), parameters, kernel_name="python3",
-            cwd=str(project_root()), stderr_file=sys.stderr)
+            cwd=str(project_root()), stderr_file=sys.stderr, **({} if tests else {"skip_cells_with_tag": "test"}))
         _remember(run, stage, now, complete=True)
         ran.append(stage)
     return ran

@@ -124,7 +124,7 @@ def branch_run(
 
 _RUN = ("import json, sys\n"
         "from clipcap.pipeline import run_stages\n"
-        "run_stages(stages=('01_data', '03_train', '04_evaluate'), **json.loads(sys.argv[1]))")
+        "run_stages(stages=('01_data', '03_train', '04_evaluate'), tests=False, **json.loads(sys.argv[1]))")
 
 
 def run_recipe(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['epoch_loader', 'validation_loss', 'validation_cider', 'finish_epoch', 'trained_so_far', 'recipe_changes', 'resume',
-           'train', 'train_run', 'plot_losses', 'watch']
+           'train', 'train_run', 'fill_prompts', 'plot_losses', 'watch']
 
 # %% ../nbs/03_train.ipynb #2ffcf2fd
 import json
@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 from .core import (Config, Run, atomic_path, save_figure, seed_everything, stage_config,
                           write_json)
-from .data import FlickrDataset, load_data
-from .metrics import score
+from .data import Data, FlickrDataset, load_data
+from .metrics import score, tokenize
 from .model import (ClipCapModel, best_epoch, caption_images, load_checkpoint, load_model,
-                           read_metrics, save_checkpoint)
+                           read_metrics, save_checkpoint, save_weights, trained_weights)
+from .neighbours import CiderVectors, consensus
 from .networks import fit_scaling
-from .optimize import Average, drop_tokens, groups, is_stale, rate_schedule
+from .optimize import Average, drop_tokens, groups, is_stale, rate_schedule, trained_groups
 
 # %% ../nbs/03_train.ipynb #8976c97c
 def epoch_loader(
@@ -82,24 +83,22 @@ def finish_epoch(
     folder: Path,  # run folder
     model: ClipCapModel,  # trained for `metrics["epoch"]` epochs
     optimizer: torch.optim.Optimizer,  # with its moments
-    average: Average,  # of the mapping network's weights, or none
+    average: Average,  # of the weights that are trained, or none
     recipe: dict,  # what these weights depend on
     metrics: dict,  # this epoch's line; its number under "epoch"
     config: Config,  # which checkpoints are kept
 ):
     "Write a checkpoint, the metrics and, last, what resuming needs; then remove what is not kept."
-    epoch, network = metrics["epoch"], model.mapping_network
-    with average.in_place():
-        save_checkpoint(folder/f"checkpoints/mapping_network_epoch_{epoch}.pth", network.state_dict())
+    epoch = metrics["epoch"]
+    with average.in_place(): save_weights(folder, model, epoch)
     _append_metrics(folder, metrics)
     save_checkpoint(folder/"checkpoints/last.pt", {
-        "epoch": epoch, "mapping_network": network.state_dict(), "average": average.state_dict(),
-        "optimizer": optimizer.state_dict(), "recipe": json.dumps(recipe)})
+        "epoch": epoch, "mapping_network": model.mapping_network.state_dict(), "gpt2": trained_weights(model.gpt2),
+        "average": average.state_dict(), "optimizer": optimizer.state_dict(), "recipe": json.dumps(recipe)})
     if config.keep == "best":
-        kept = {f"mapping_network_epoch_{n}.pth"
-                for n in (epoch, best_epoch(read_metrics(folder), config.best_by))}
-        for path in (folder/"checkpoints").glob("mapping_network_epoch_*.pth"):
-            if path.name not in kept: path.unlink()
+        kept = {str(n) for n in (epoch, best_epoch(read_metrics(folder), config.best_by))}
+        for path in (folder/"checkpoints").glob("*_epoch_*.pth"):
+            if path.stem.rsplit("_")[-1] not in kept: path.unlink()
 
 # %% ../nbs/03_train.ipynb #5c125088
 def trained_so_far(
@@ -136,26 +135,27 @@ def resume(
         raise ValueError(f"{folder/'checkpoints/last.pt'} was trained with another recipe "
                          f"({'; '.join(changes)}); choose another run, or begin anew: restart=True")
     model.mapping_network.load_state_dict(state["mapping_network"])
+    model.gpt2.load_state_dict(state.get("gpt2", {}), strict=False)
     optimizer.load_state_dict(state["optimizer"])
     average.load_state_dict(state.get("average", {}))
     return state["epoch"]
 
 # %% ../nbs/03_train.ipynb #9b08afbe
 def train(
-    model: ClipCapModel,  # its mapping network is trained in place
+    model: ClipCapModel,  # its trainable parts are trained in place
     train_set: FlickrDataset,  # drawn from in a new order each epoch
     val_set: FlickrDataset,  # for the validation loss
     config: Config,  # epochs, batch size, AdamW's settings, seed
     folder: Path,  # run folder: checkpoints and metrics
     recipe: dict,  # what the weights depend on, for `resume`
 ) -> pd.DataFrame:  # one row an epoch
-    "Train the mapping network, from the last finished epoch on."
+    "Train the mapping network, and what is tuned of GPT-2, from the last finished epoch on."
     accelerator = Accelerator(cpu=config.device == "cpu")
-    optimizer = torch.optim.AdamW(model.mapping_network.parameters(), config.learning_rate,
+    optimizer = torch.optim.AdamW(trained_groups(model, config), config.learning_rate,
                                   weight_decay=config.weight_decay, fused=True)
-    average = Average(model.mapping_network, config.ema)
+    average = Average(model, config.ema)
     finished, hidden = resume(folder, model, optimizer, average, recipe), model.tokenizer.pad_token_id
-    steps = -(-len(epoch_loader(train_set, config, 1))//config.accumulate)
+    steps = -(-len(train_set)//(config.batch_size*config.accumulate))
     schedule = rate_schedule(optimizer, config, steps, finished)
     model, optimizer = accelerator.prepare(model, optimizer)
     val_loader = accelerator.prepare(DataLoader(val_set, config.eval_batch_size,
@@ -216,6 +216,7 @@ def train_run(
     data = load_data(run, config)
     model = load_model(config, data.embeddings.dim)
     fit_scaling(model.mapping_network, map(data.embeddings.__getitem__, data.split("train").image.unique()))
+    if model.prompts is not None: fill_prompts(model, data)
     train_set, val_set = (FlickrDataset(data.split(part), data.embeddings, model.tokenizer,
                                         config.max_length, sampling, config.seed)
                           for part, sampling in (("train", config.caption_sampling), ("val", "all")))
@@ -231,7 +232,20 @@ def train_run(
     if before and (restart is True or restart and (
             before["epoch"] > config.epochs or recipe_changes(before["recipe"], recipe))):
         _set_aside(run.path)
+    if model.prompts is not None: save_checkpoint(run.path/"checkpoints/prompts.pth", model.prompts.state_dict())
     return train(model, train_set, val_set, config, run.path, recipe)
+
+
+def fill_prompts(
+    model: ClipCapModel,  # with `prompts`
+    data: Data,  # its training split
+):
+    "Remember of each training photo the caption that its others agree with most."
+    train = data.split("train").assign(words=lambda t: tokenize({"train": t.caption.tolist()})["train"])
+    by_image = train.groupby("image")
+    vectors = CiderVectors(by_image.words.apply(list).tolist())
+    chosen = {name: rows.caption.iloc[consensus(vectors.similarity(rows.words.tolist()))] for name, rows in by_image}
+    model.prompts.fill(data.embeddings.stack(chosen).to(model.device), model.tokenizer(list(chosen.values()), split_special_tokens=True)["input_ids"])
 
 
 def _set_aside(folder):
