@@ -22,7 +22,7 @@ from .core import (Config, Run, atomic_path, save_figure, seed_everything, stage
                           write_json)
 from .data import FlickrDataset, load_data
 from .metrics import score
-from .model import (ClipCapModel, best_epoch, caption_images, load_checkpoint, load_model,
+from .model import (ClipCapModel, best_epoch, caption_images, check_features, load_checkpoint, load_model,
                            read_metrics, save_checkpoint)
 from .networks import fit_scaling
 from .optimize import Average, drop_tokens, groups, is_stale, rate_schedule
@@ -199,7 +199,7 @@ def _not_finite(folder, epoch, batch, losses):
     rows = [{"image": image, "loss": str(loss), "tokens": tokens, "embedding_norm": str(norm)}
             for image, loss, tokens, norm in zip(
                 batch["image"], losses.tolist(), batch["attention_mask"].sum(1).tolist(),
-                batch["embedding"].norm(dim=1)[batch["image_of"]].tolist())]
+                batch["embedding"].flatten(1).norm(dim=1)[batch["image_of"]].tolist())]
     write_json(folder/"nonfinite_batch.json", {"epoch": epoch, "batch": rows})
     return FloatingPointError(
         f"the loss is not finite in epoch {epoch}, in the batch of {', '.join(batch['image'][:4])} "
@@ -214,11 +214,12 @@ def train_run(
 ) -> pd.DataFrame:  # one row an epoch
     "Train a run, or go on with it."
     data = load_data(run, config)
+    check_features(config.mapping_network, data.embeddings.tokens, data.embeddings.path)
     model = load_model(config, data.embeddings.dim)
     fit_scaling(model.mapping_network, map(data.embeddings.__getitem__, data.split("train").image.unique()))
     train_set, val_set = (FlickrDataset(data.split(part), data.embeddings, model.tokenizer,
-                                        config.max_length, sampling, config.seed)
-                          for part, sampling in (("train", config.caption_sampling), ("val", "all")))
+                                        config.max_length, sampling, config.seed, views)
+                          for part, sampling, views in (("train", config.caption_sampling, config.views), ("val", "all", 0)))
     entry = run.stage_entry("01_data")
     recipe = {**stage_config(config, "03_train"), "data_hash": entry.get("data_hash"),
               "encoder": data.embeddings.encoder}
