@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .core import atomic_path
-from .data import Data, encode_captions, load_data
+from .data import Data, encode_captions, image_features, load_data
 from .model import ClipCapModel, MappingNetwork, load_run
 
 # %% ../nbs/06_attention.ipynb #76b2cdd6
@@ -120,7 +120,7 @@ class Explanation:
     attention: torch.Tensor  # (layers, heads, W, P + 1 + W) GPT-2's: to prefix, start token, words so far
     constants: torch.Tensor | None  # (layers, heads, P, P) of `MappingNetwork`, among its prefix constants; else None
     memory: torch.Tensor | None  # (layers, heads, P, M) and from them to the memory
-    last: torch.Tensor | None  # (h, w) CLIP's last layer, class token to patches, mean of the heads
+    last: torch.Tensor | None  # (h, w) CLIP's last layer, class token to patches, mean of the heads; of `GridMapping` the mean of `memory`
 
     @property
     def shares(self) -> torch.Tensor:  # (W, 1 + W): the photo's prefix, then each word so far; rows sum to 1
@@ -131,7 +131,7 @@ class Explanation:
 
 def explain(
     model: ClipCapModel,  # in evaluation mode
-    images: torch.Tensor,  # (B, 3, H, W) preprocessed, or (B, clip_dim) embeddings
+    images: torch.Tensor,  # (B, 3, H, W) preprocessed, or (B, clip_dim) or (B, T, clip_dim) embeddings
     captions: list[str],  # B captions, the model's own or any others
 ) -> list[Explanation]:  # B explanations, on the CPU
     "Explain every word of some captions. Raises `ValueError` for networks whose attention can't be seen."
@@ -139,9 +139,10 @@ def explain(
     images = images.to(model.device).detach().requires_grad_()
     with torch.enable_grad():
         with record_attention() as seen:
-            embeddings = model.clip.encode_image(images).float() if images.ndim == 4 else images
+            embeddings = image_features(model.clip, images, model.features).float() if images.ndim == 4 else images
         with record_attention() as mapped: prefix = model.mapping_network(embeddings)
         if not isinstance(model.mapping_network, MappingNetwork): mapped = []
+        looks = mapped[1::2] if seen and model.features == "grid" else []  # at patches that CLIP's layers made
         with record_attention() as spoken: scores = word_scores(model, prefix, words)
     _check_recorded(images, seen, spoken)
     first = prefix.shape[1] - 1  # the position that chooses the first token
@@ -150,24 +151,31 @@ def explain(
     start = start/start.sum(2, keepdim=True).clamp(min=1)
     sight, speech = [], []
     for w in range(scores.shape[1]):
-        layers = seen + spoken
+        layers = seen + looks + spoken
         gradients = torch.autograd.grad(scores[:, w].sum(), layers, retain_graph=True)
-        if seen: sight.append(_see(seen, gradients[:len(seen)]))
-        speech.append(rollout(start[:, w], spoken, gradients[len(seen):]))
-    return [_explanation(b, texts, words, start, sight, speech, seen, mapped, spoken, first + 1)
+        looked = _looked_at(looks, gradients[len(seen):len(seen) + len(looks)]) if looks else None
+        if seen: sight.append(_see(seen, gradients[:len(seen)], looked))
+        speech.append(rollout(start[:, w], spoken, gradients[-len(spoken):]))
+    return [_explanation(b, texts, words, start, sight, speech, seen, mapped, looks, spoken, first + 1)
             for b, texts in enumerate(words.texts)]
 
 
 def _check_recorded(images, seen, spoken):
     "Raise where a network computed its attention in some other way."
     for part, record in (("clip_model", seen), ("gpt2_model", spoken)):
-        if not record and not (part == "clip_model" and images.ndim == 2):
+        if not record and not (part == "clip_model" and images.ndim < 4):
             raise ValueError(f"{part} does not use PyTorch's scaled_dot_product_attention, so its attention can't "
                              "be recorded; a causal LM does with attn_implementation='sdpa'")
 
 
-def _see(weights, gradients):
-    "(B, N) relevance of patches, by the row of CLIP's class token."
+def _looked_at(weights, gradients):
+    "(B, 1 + T) how much a mapping network's looks at each patch matter; 0 for the class token, which it doesn't see."
+    return F.pad(sum((a*g).clamp(min=0).mean(1).sum(1) for a, g in zip(weights, gradients)), (1, 0))
+
+
+def _see(weights, gradients, looked=None):
+    "(B, N) relevance of patches, by the row of CLIP's class token, or by those of the patches that were looked at."
+    if looked is not None: return (looked + rollout(looked, weights, gradients))[:, 1:]
     start = torch.zeros_like(weights[0][:, 0, 0])
     start[:, 0] = 1
     return rollout(start, weights, gradients)[:, 1:]
@@ -179,7 +187,7 @@ def _square(patches):
     return patches.unflatten(-1, (side, side))
 
 
-def _explanation(b, texts, words, start, sight, speech, seen, mapped, spoken, P):
+def _explanation(b, texts, words, start, sight, speech, seen, mapped, looks, spoken, P):
     "Cut one caption out of a batch."
     W, member = len(texts), words.member[b]
     speech = torch.stack([s[b] for s in speech])[:W] if W else spoken[0].new_zeros(0, start.shape[2])
@@ -187,6 +195,7 @@ def _explanation(b, texts, words, start, sight, speech, seen, mapped, spoken, P)
     rows = torch.stack([torch.einsum("wq,hqk->hwk", start[b, :W], layer[b]) for layer in spoken])
     attention = torch.cat([rows[..., :P + 1], by_word(rows)], dim=-1)
     last = seen[-1][b, :, 0, 1:].mean(0) if seen else None
+    if looks: last = torch.stack([a[b] for a in looks]).mean((0, 1, 2))
     parts = dict(photo=_square(torch.stack([s[b] for s in sight])[:W]) if sight else None,
                  prefix=speech[:, :P], earlier=by_word(speech), attention=attention,
                  constants=torch.stack([a[b] for a in mapped[::2]]) if mapped else None,
@@ -285,14 +294,15 @@ def plot_mapping(
     figure, axes = plt.subplots(1, len(panels), figsize=(3.1*len(panels), 3.6), layout="constrained", squeeze=False)
     ticks = range(0, explanation.constants.shape[-1], 3)
     for ax, (title, weights) in zip(axes.flat, panels):
-        image = ax.imshow(weights, cmap="viridis", vmin=0, vmax=1 if weights is panels[-1][1] else None, aspect="auto")
+        image = ax.imshow(weights, cmap="viridis", vmin=0, vmax=1 if tokens == 1 and weights is panels[-1][1] else None, aspect="auto")
         ax.set_title(title, fontsize=12)
         ax.set(xlabel="constant" if weights is not panels[-1][1] else "memory token")
         ax.set_yticks(ticks, [t + 1 for t in ticks])
         figure.colorbar(image, ax=ax)
     axes.flat[0].set_ylabel("prefix constant")
     for ax in axes.flat[:-1]: ax.set_xticks(ticks, [t + 1 for t in ticks])
-    axes.flat[-1].set_xticks(range(tokens), range(1, tokens + 1))
+    shown = range(0, tokens, -(-tokens//8))
+    axes.flat[-1].set_xticks(shown, [t + 1 for t in shown])
     if tokens == 1:
         axes.flat[-1].text(0.5, 0.5, "one memory token:\nalways 1", ha="center", va="center", fontsize=12,
                            transform=axes.flat[-1].transAxes)

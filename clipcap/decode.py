@@ -41,7 +41,7 @@ def candidate_captions(
 @torch.inference_mode()
 def log_likelihoods(
     model: ClipCapModel,  # in evaluation mode
-    embedding: torch.Tensor,  # (clip_dim,) of one image
+    embedding: torch.Tensor,  # (clip_dim,) or (T, clip_dim), of one image
     captions: list[str],  # C captions of it
     max_length: int = 40,  # tokens, special ones counted; more are cut off
     sharing: int = 8,  # captions that share a prefix
@@ -51,7 +51,7 @@ def log_likelihoods(
     lengths, padded = torch.tensor([len(i) for i in ids]), torch.nn.utils.rnn.pad_sequence(ids, True, model.tokenizer.pad_token_id)
     mask, device = (torch.arange(padded.shape[1]) < lengths[:, None]).long(), model.device
     image_of = torch.arange(len(ids))//sharing
-    losses = model(embedding.expand(int(image_of[-1]) + 1, -1).to(device), padded.to(device), mask.to(device), image_of.to(device))
+    losses = model(embedding.expand(int(image_of[-1]) + 1, *embedding.shape).to(device), padded.to(device), mask.to(device), image_of.to(device))
     return (-losses.float().cpu()/lengths).numpy()
 
 # %% ../nbs/03b_decode.ipynb #0b27d5b1
@@ -66,6 +66,9 @@ def rerank_captions(
     if config.rerank == "clip" and encode is None:
         raise ValueError("rerank='clip' needs the CLIP that saw the photos, and this run was given "
                          "embeddings; choose 'mbr', 'consensus' or 'regression'")
+    if config.rerank == "clip" and data.embeddings.tokens:
+        raise ValueError("rerank='clip' needs the one vector of a photo that CLIP compares with texts, and this run has "
+                         "those of patches (features='grid'); choose 'mbr', 'consensus' or 'regression'")
     texts = {}
     for start in tqdm(range(0, len(names), config.eval_batch_size), desc="candidates", unit="batch"):
         batch = names[start:start + config.eval_batch_size]

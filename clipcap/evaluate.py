@@ -73,6 +73,8 @@ def score_split(
     def compute():
         if encode is None: raise ValueError("the run was given embeddings, so there is no CLIP to read "
                                             "captions with")
+        if data.embeddings.tokens: raise ValueError("the run looks at patches (features='grid'), and CLIP compares texts "
+                                                    "with the one vector of a whole photo, which was not kept")
         return clip_scores(data.embeddings.stack(list(captions)), captions, references, encode)
 
     columns, reasons = attempt(compute, by_clip) if by_clip else ({}, {})

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from .attention import Explanation, explain, read_words, word_scores
+from .data import image_features
 from .metrics import middle, resample
 from .model import ClipCapModel
 
@@ -56,7 +57,7 @@ def word_probabilities(
 ) -> torch.Tensor:  # (N, W), on the CPU
     "How probable each word of a caption is, after the words before it."
     given = given.to(model.device)
-    prefix = model.mapping_network(model.clip.encode_image(given).float()) if given.ndim == 4 else given
+    prefix = model.mapping_network(image_features(model.clip, given, model.features).float()) if given.ndim == 4 else given
     words = read_words(model.tokenizer, [caption]*len(given)).to(model.device)
     return word_scores(model, prefix, words, log_odds=False).exp().cpu()
 

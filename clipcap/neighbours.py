@@ -18,12 +18,18 @@ from .data import Data
 # %% ../nbs/02g_neighbours.ipynb #07341c86
 def mean_embedding(
     data: Data,  # its training split
-) -> torch.Tensor:  # (D,)
+) -> torch.Tensor:  # (D,), or (T, D) of images with T vectors each
     "The average of the training images' embeddings, one row in memory at a time."
     names = data.split("train").image.unique()
-    total = torch.zeros(data.embeddings.dim, dtype=torch.float64)
-    for name in names: total += data.embeddings[name]
+    total = torch.zeros((), dtype=torch.float64)
+    for name in names: total = total + data.embeddings[name]
     return (total/len(names)).float()
+
+
+def _directions(data):
+    "A function from images to unit vectors: embeddings less the mean of the training split."
+    mean = mean_embedding(data).double().reshape(-1, data.embeddings.dim).mean(0)
+    return lambda images: torch.nn.functional.normalize(data.embeddings.pooled(images).double() - mean, dim=1)
 
 
 def nearest_training_images(
@@ -32,9 +38,7 @@ def nearest_training_images(
     number: int = 60,  # how many; fewer where the training split is smaller
 ) -> dict[str, list[str]]:  # image -> training images, the most similar first
     "Nearest training images by the cosine of embeddings, less their mean over the training split."
-    train, mean = sorted(set(data.split("train").image)), mean_embedding(data).double()
-    def directions(images): return torch.nn.functional.normalize(
-        data.embeddings.stack(images).double() - mean, dim=1)
+    train, directions = sorted(set(data.split("train").image)), _directions(data)
     queries = directions(names)
     best = torch.empty(len(names), 0, dtype=torch.float64), torch.empty(len(names), 0, dtype=torch.long)
     for start in range(0, len(train), 4096):  # not all embeddings need fit in memory
@@ -112,8 +116,7 @@ def regression_weights(
     ridge: float = 1.,  # how little a single training image is believed
 ) -> np.ndarray:  # (Q, N) of the training images in order of their names; each row's sum is 1
     "Weights of kernel ridge regression with an intercept (Saunders et al. 1998). Needs memory for (N, N)."
-    train, mean = sorted(set(data.split("train").image)), mean_embedding(data).double()
-    def directions(images): return torch.nn.functional.normalize(data.embeddings.stack(images).double() - mean, dim=1)
+    train, directions = sorted(set(data.split("train").image)), _directions(data)
     known = directions(train)
     kernel, asked = torch.exp(known @ known.T - 1), torch.exp(directions(names) @ known.T - 1)
     average = kernel.mean(0)

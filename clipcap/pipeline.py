@@ -78,8 +78,9 @@ def why_run(
         if run.stage_entry(earlier)["started"] != started: return f"{earlier} has run since"
     for name in _MAKES.get(stage, []):
         if not (run.path/name).is_file(): return f"{name} is missing"
-    cache = entry.get("embeddings") if not now["config"]["embeddings"] else None
-    if cache and not (outputs_dir()/cache).is_dir(): return f"{cache} is missing"
+    caches = [entry.get("embeddings"), *entry.get("views", [])] if not now["config"]["embeddings"] else []
+    for cache in filter(None, caches):
+        if not (outputs_dir()/cache).is_dir(): return f"{cache} is missing"
     return ""
 
 # %% ../nbs/11_pipeline.ipynb #fe78c423

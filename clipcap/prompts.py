@@ -28,21 +28,19 @@ class CaptionMemory(nn.Module):
 
     def fill(
         self,
-        embeddings: torch.Tensor,  # (N, clip_dim), or (N, T, clip_dim) whose T are averaged
+        embeddings: torch.Tensor,  # (N, clip_dim)
         captions: list[list[int]],  # N lists of token ids, without special ones
     ):
         "Remember training photos. Raises `ValueError` where there are fewer than two."
         if len(embeddings) < 2: raise ValueError(f"{len(embeddings)} training photos have no neighbours to show; prompt_length=0")
-        self.mean = self._pool(embeddings).mean(0)
+        self.mean = embeddings.mean(0)
         self.directions = self._directions(embeddings)
         kept = torch.full((len(captions), self.prompt_length), self.separator)
         for row, ids in zip(kept, captions):  # at the right; what is too long loses its beginning
             if ids := ids[-(self.prompt_length - 1):]: row[-len(ids):] = torch.tensor(ids)
         self.captions = kept.to(self.mean.device)
 
-    def _pool(self, embeddings): return embeddings.mean(1) if embeddings.ndim == 3 else embeddings
-
-    def _directions(self, embeddings): return F.normalize(self._pool(embeddings) - self.mean, dim=1)
+    def _directions(self, embeddings): return F.normalize((embeddings.mean(1) if embeddings.ndim == 3 else embeddings) - self.mean, dim=1)
 
     @torch.no_grad()
     def nearest(
@@ -57,7 +55,7 @@ class CaptionMemory(nn.Module):
 
     def forward(
         self,
-        embeddings: torch.Tensor,  # (B, clip_dim)
+        embeddings: torch.Tensor,  # (B, clip_dim), or (B, T, clip_dim) whose T are averaged
     ) -> torch.Tensor:  # (B, prompt_length) token ids
         "Captions of the nearest photos, the nearest last."
         rows = self.nearest(embeddings, 1 + self.prompt_length//3)

@@ -22,7 +22,7 @@ from .core import (Config, Run, atomic_path, save_figure, seed_everything, stage
                           write_json)
 from .data import Data, FlickrDataset, load_data
 from .metrics import score, tokenize
-from .model import (ClipCapModel, best_epoch, caption_images, load_checkpoint, load_model,
+from .model import (ClipCapModel, best_epoch, caption_images, check_features, load_checkpoint, load_model,
                            read_metrics, save_checkpoint, save_weights, trained_weights)
 from .neighbours import CiderVectors, consensus
 from .networks import fit_scaling
@@ -199,7 +199,7 @@ def _not_finite(folder, epoch, batch, losses):
     rows = [{"image": image, "loss": str(loss), "tokens": tokens, "embedding_norm": str(norm)}
             for image, loss, tokens, norm in zip(
                 batch["image"], losses.tolist(), batch["attention_mask"].sum(1).tolist(),
-                batch["embedding"].norm(dim=1)[batch["image_of"]].tolist())]
+                batch["embedding"].flatten(1).norm(dim=1)[batch["image_of"]].tolist())]
     write_json(folder/"nonfinite_batch.json", {"epoch": epoch, "batch": rows})
     return FloatingPointError(
         f"the loss is not finite in epoch {epoch}, in the batch of {', '.join(batch['image'][:4])} "
@@ -214,12 +214,13 @@ def train_run(
 ) -> pd.DataFrame:  # one row an epoch
     "Train a run, or go on with it."
     data = load_data(run, config)
+    check_features(config.mapping_network, data.embeddings.tokens, data.embeddings.path)
     model = load_model(config, data.embeddings.dim)
     fit_scaling(model.mapping_network, map(data.embeddings.__getitem__, data.split("train").image.unique()))
     if model.prompts is not None: fill_prompts(model, data)
     train_set, val_set = (FlickrDataset(data.split(part), data.embeddings, model.tokenizer,
-                                        config.max_length, sampling, config.seed)
-                          for part, sampling in (("train", config.caption_sampling), ("val", "all")))
+                                        config.max_length, sampling, config.seed, views)
+                          for part, sampling, views in (("train", config.caption_sampling, config.views), ("val", "all", 0)))
     entry = run.stage_entry("01_data")
     recipe = {**stage_config(config, "03_train"), "data_hash": entry.get("data_hash"),
               "encoder": data.embeddings.encoder}
@@ -245,7 +246,7 @@ def fill_prompts(
     by_image = train.groupby("image")
     vectors = CiderVectors(by_image.words.apply(list).tolist())
     chosen = {name: rows.caption.iloc[consensus(vectors.similarity(rows.words.tolist()))] for name, rows in by_image}
-    model.prompts.fill(data.embeddings.stack(chosen).to(model.device), model.tokenizer(list(chosen.values()), split_special_tokens=True)["input_ids"])
+    model.prompts.fill(data.embeddings.pooled(chosen).to(model.device), model.tokenizer(list(chosen.values()), split_special_tokens=True)["input_ids"])
 
 
 def _set_aside(folder):
