@@ -20,7 +20,7 @@ from .data import Data, load_data, show_photos
 from .decode import rerank_captions
 from .metrics import (CLIP_COLUMNS, MEANS, METRICS, Scores, as_scores, attempt, clip_scores,
                              diversity, intervals, score, text_encoder)
-from .model import caption_images, checkpoint_path, load_run
+from .model import caption_images, checkpoint_path, load_ensemble, load_run
 
 # %% ../nbs/04_evaluate.ipynb #ffa81f4f
 _all_ = ["Scores", "score"]
@@ -95,7 +95,7 @@ def written_by(
     config: Config,  # of a run
 ) -> dict:  # goes into the protocol
     "How captions were written: the beams, and what is not as in the original."
-    names = ("length_penalty", "no_repeat_ngram", "temperature", "top_p", "rerank", "samples", "neighbours", "ridge", "likelihood_weight")
+    names = ("members", "length_penalty", "no_repeat_ngram", "temperature", "top_p", "rerank", "samples", "neighbours", "ridge", "likelihood_weight")
     return {"num_beams": config.num_beams} | {n: getattr(config, n) for n in names if getattr(config, n) != getattr(Config, n)}
 
 
@@ -108,7 +108,7 @@ def evaluate_run(
 ) -> Scores:  # also written to the run folder
     "Caption a split with a run's checkpoint and score the captions."
     epoch = epoch or config.checkpoint
-    data, model = load_data(run, config), load_run(run.name, epoch, config.device)
+    data, model = load_data(run, config), load_ensemble([run.name, *config.members.split()], epoch, config.device)
     encode, names = model.clip and text_encoder(model.clip, config.clip_model), list(data.references(split))
     captions = (rerank_captions(model, data, names, config, encode) if config.rerank != "none"
                 else caption_images(model, data.embeddings, names, config))
