@@ -52,6 +52,7 @@ def depends_on(
 
 # %% ../nbs/11_pipeline.ipynb #dc5fc277
 _MAKES = {"01_data": ["captions_table.csv"], "03_train": ["checkpoints/last.pt", "metrics.jsonl"],
+          "03c_scst": ["checkpoints/scst.pt"],
           "04_evaluate": ["captions_test.json", "scores_test.json", "scores_test.csv"],
           "05_error_analysis": ["controls_test.csv", "errors_test.csv", "analysis_test.csv"],
           "06_attention": ["relevance_test.safetensors"], "10_report": ["report.html"]}
@@ -102,12 +103,13 @@ def run_stages(
                stages=run.manifest.get("stages", {}))
     ran = []
     for stage in stages:
+        if stage == "03c_scst" and not (config.scst_epochs or (run.path/"checkpoints/scst.pt").is_file()): continue
         now = depends_on(stage, config, notebooks)
         why = "FORCE" if force else why_run(run, stage, now)
         if not why: continue
         print(f"{stage}: {why}", file=sys.stderr)
         parameters = {"run": run.name, "preset": preset}
-        if stage == "03_train": parameters["restart"] = force or "if changed"
+        if stage in ("03_train", "03c_scst"): parameters["restart"] = force or "if changed"
         _remember(run, stage, now, complete=False)
         out = run.path/"notebooks"/f"{stage}.ipynb"
         out.parent.mkdir(parents=True, exist_ok=True)

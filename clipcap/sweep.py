@@ -29,6 +29,7 @@ from .core import STAGE_FIELDS, Run, atomic_path, make_config, preset_changes, p
 from .data import load_data
 from .evaluate import read_captions_json
 from .metrics import score
+from .train import forget_later, trained_so_far
 
 # %% ../nbs/08_sweep.ipynb #2c710572
 SCALED = dict(caption_sampling="all", num_layers=2, learning_rate=3e-4, epochs=10)  # the original, on 900 photos
@@ -143,6 +144,7 @@ def branch_run(
     if not run.path.exists():
         with TemporaryDirectory(dir=run.path.parent, prefix=".branch-") as folder:
             shutil.copytree(source.path, Path(folder)/"run", ignore=shutil.ignore_patterns("captions_*.json", "scores_*"))
+            forget_later(Path(folder)/"run", trained_so_far(source.path)["epoch"])  # of `03c_scst`
             manifest = {**source.manifest, "run": name}
             manifest["stages"] = {s: e for s, e in manifest["stages"].items() if s <= "03_train"}
             (Path(folder)/"run/run.json").write_text(json.dumps(manifest), "utf-8")
@@ -152,7 +154,7 @@ def branch_run(
 
 _RUN = ("import json, sys\n"
         "from clipcap.pipeline import run_stages\n"
-        "run_stages(stages=('01_data', '03_train', '04_evaluate'), tests=False, **json.loads(sys.argv[1]))")
+        "run_stages(stages=('01_data', '03_train', '03c_scst', '04_evaluate'), tests=False, **json.loads(sys.argv[1]))")
 
 
 def run_recipe(

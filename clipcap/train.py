@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['epoch_loader', 'validation_loss', 'validation_cider', 'finish_epoch', 'trained_so_far', 'recipe_changes', 'resume',
-           'train', 'train_run', 'fill_prompts', 'plot_losses', 'watch']
+           'forget_later', 'train', 'train_run', 'fill_prompts', 'plot_losses', 'watch']
 
 # %% ../nbs/03_train.ipynb #2ffcf2fd
 import json
@@ -70,13 +70,18 @@ def validation_cider(
     return score(captions, val_set.references, metrics=["cider"]).corpus["cider"]
 
 # %% ../nbs/03_train.ipynb #2fac35f3
-def _append_metrics(folder, metrics):
-    "A line at the end of `metrics.jsonl`, in place of what an interrupted epoch left there."
-    path, lines = folder/"metrics.jsonl", read_metrics(folder)
-    kept = "".join(json.dumps(m) + "\n" for m in lines if m["epoch"] < metrics["epoch"])
+def _cut_metrics(folder, epoch):
+    "Leave in `metrics.jsonl` the lines of no later epoch."
+    path = folder/"metrics.jsonl"
+    kept = "".join(json.dumps(m) + "\n" for m in read_metrics(folder) if m["epoch"] <= epoch)
     if path.is_file() and path.read_text("utf-8") != kept:
         with atomic_path(path) as temporary: temporary.write_text(kept, "utf-8")
-    with open(path, "a", encoding="utf-8") as file: file.write(json.dumps(metrics) + "\n")
+
+
+def _append_metrics(folder, metrics):
+    "A line at the end of `metrics.jsonl`, in place of what an interrupted epoch left there."
+    _cut_metrics(folder, metrics["epoch"] - 1)
+    with open(folder/"metrics.jsonl", "a", encoding="utf-8") as file: file.write(json.dumps(metrics) + "\n")
 
 
 def finish_epoch(
@@ -87,25 +92,29 @@ def finish_epoch(
     recipe: dict,  # what these weights depend on
     metrics: dict,  # this epoch's line; its number under "epoch"
     config: Config,  # which checkpoints are kept
+    name: str = "last.pt",  # file to resume from
+    first: int = 1,  # epochs before it are another stage's: their checkpoints stay
 ):
     "Write a checkpoint, the metrics and, last, what resuming needs; then remove what is not kept."
     epoch = metrics["epoch"]
     with average.in_place(): save_weights(folder, model, epoch)
     _append_metrics(folder, metrics)
-    save_checkpoint(folder/"checkpoints/last.pt", {
+    save_checkpoint(folder/"checkpoints"/name, {
         "epoch": epoch, "mapping_network": model.mapping_network.state_dict(), "gpt2": trained_weights(model.gpt2),
         "average": average.state_dict(), "optimizer": optimizer.state_dict(), "recipe": json.dumps(recipe)})
     if config.keep == "best":
-        kept = {str(n) for n in (epoch, best_epoch(read_metrics(folder), config.best_by))}
+        own = [m for m in read_metrics(folder) if m["epoch"] >= first]
+        kept = {epoch, best_epoch(own, config.best_by), *range(first)}
         for path in (folder/"checkpoints").glob("*_epoch_*.pth"):
-            if path.stem.rsplit("_")[-1] not in kept: path.unlink()
+            if int(path.stem.rsplit("_")[-1]) not in kept: path.unlink()
 
 # %% ../nbs/03_train.ipynb #5c125088
 def trained_so_far(
     folder: Path,  # run folder
+    name: str = "last.pt",  # as in `finish_epoch`
 ) -> dict | None:  # what `finish_epoch` wrote last; None where nothing was trained
     "Read `last.pt`; its recipe as a dict."
-    path = folder/"checkpoints/last.pt"
+    path = folder/"checkpoints"/name
     if not path.is_file(): return None
     state = load_checkpoint(path)
     return {**state, "recipe": json.loads(state["recipe"])}
@@ -126,19 +135,31 @@ def resume(
     optimizer: torch.optim.Optimizer,  # gets its moments
     average: Average,  # goes on from where it was
     recipe: dict,  # must be what the run was trained with so far
+    name: str = "last.pt",  # as in `finish_epoch`
 ) -> int:  # epochs that are finished
     "Continue from `last.pt`, if there is one. Raises `ValueError` where its recipe is another."
     for stray in (folder/"checkpoints").glob(".*"): stray.unlink()  # left by a killed process
-    state = trained_so_far(folder)
+    state = trained_so_far(folder, name)
     if state is None: return 0
     if changes := recipe_changes(state["recipe"], recipe):
-        raise ValueError(f"{folder/'checkpoints/last.pt'} was trained with another recipe "
+        raise ValueError(f"{folder/'checkpoints'/name} was trained with another recipe "
                          f"({'; '.join(changes)}); choose another run, or begin anew: restart=True")
     model.mapping_network.load_state_dict(state["mapping_network"])
     model.gpt2.load_state_dict(state.get("gpt2", {}), strict=False)
     optimizer.load_state_dict(state["optimizer"])
     average.load_state_dict(state.get("average", {}))
     return state["epoch"]
+
+# %% ../nbs/03_train.ipynb #3c5c0002
+def forget_later(
+    folder: Path,  # run folder
+    epoch: int,  # the last that `train` finished
+):
+    "Remove what `03c_scst` made of these weights: its checkpoints, and its lines in `metrics.jsonl`."
+    (folder/"checkpoints/scst.pt").unlink(missing_ok=True)
+    for path in (folder/"checkpoints").glob("*_epoch_*.pth"):
+        if int(path.stem.rsplit("_")[-1]) > epoch: path.unlink()
+    _cut_metrics(folder, epoch)
 
 # %% ../nbs/03_train.ipynb #9b08afbe
 def train(
@@ -161,7 +182,8 @@ def train(
     val_loader = accelerator.prepare(DataLoader(val_set, config.eval_batch_size,
                                                 collate_fn=val_set.collate))
     for epoch in range(finished + 1, config.epochs + 1):
-        if is_stale(read_metrics(folder), config): break
+        if is_stale([m for m in read_metrics(folder) if m["epoch"] < epoch], config): break
+        forget_later(folder, epoch - 1)
         seed_everything(config.seed, epoch)
         started, total, tokens = time.monotonic(), 0.0, 0
         model.train()
@@ -191,7 +213,7 @@ def train(
             "epoch": epoch, "train_loss": total/tokens, **marks,
             "learning_rate": optimizer.param_groups[0]["lr"], "seconds": round(seconds, 2),
             "captions_per_second": round(len(train_set)/seconds, 1), "precision": plain.precision}, config)
-    return pd.DataFrame(read_metrics(folder))
+    return pd.DataFrame([m for m in read_metrics(folder) if m["epoch"] <= config.epochs])
 
 
 def _not_finite(folder, epoch, batch, losses):
