@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'MappingNetwork', 'GridMapping', 'check_features', 'load_gpt2', 'ClipCapModel', 'AveragedPredictions',
-           'generate_ids', 'generation_options', 'generate_from_embeddings', 'caption_images', 'generate_caption_batch',
-           'generate_caption', 'tune_gpt2', 'trained_weights', 'load_model', 'save_checkpoint', 'load_checkpoint',
-           'read_metrics', 'best_epoch', 'load_run', 'load_ensemble', 'save_weights', 'load_weights', 'checkpoint_path',
-           'checkpoint_paths', 'never_trained', 'parameter_table']
+           'generate_ids', 'generation_options', 'written_by', 'generate_from_embeddings', 'plain_writer',
+           'caption_images', 'generate_caption_batch', 'generate_caption', 'tune_gpt2', 'trained_weights', 'load_model',
+           'save_checkpoint', 'load_checkpoint', 'read_metrics', 'best_epoch', 'load_run', 'load_ensemble',
+           'save_weights', 'load_weights', 'checkpoint_path', 'checkpoint_paths', 'never_trained', 'parameter_table']
 
 # %% ../nbs/02_model.ipynb #ded27b94
 import json
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -256,6 +258,14 @@ def generation_options(
     return options
 
 
+def written_by(
+    config: Config,  # of a run
+) -> dict:  # goes into the protocol
+    "How captions were written: the beams, and what is not as in the original."
+    names = ("members", "length_penalty", "no_repeat_ngram", "temperature", "top_p", "rerank", "samples", "neighbours", "ridge", "likelihood_weight")
+    return {"num_beams": config.num_beams} | {n: getattr(config, n) for n in names if getattr(config, n) != getattr(Config, n)}
+
+
 def generate_from_embeddings(
     embeddings: torch.Tensor,  # (B, clip_dim) or (B, T, clip_dim)
     model: ClipCapModel,  # any
@@ -271,18 +281,27 @@ def generate_from_embeddings(
     return [" ".join(text.split()) for text in texts]
 
 
+def plain_writer(
+    model: ClipCapModel,  # trained
+    config: Config,  # how captions are written
+) -> Callable[[torch.Tensor], list[str]]:  # embeddings of B images -> B captions
+    "The first caption that search or chance finds, without ranking."
+    return partial(generate_from_embeddings, model=model, max_length=config.max_length, num_beams=config.num_beams,
+                   **generation_options(config))
+
+
 def caption_images(
     model: ClipCapModel,  # trained
     embeddings: Embeddings,  # has every image of `names`
     names: list[str],  # images to caption
     config: Config,  # its `eval_batch_size`, and how captions are written
+    write=None,  # another way to write: embeddings of B images -> B captions
 ) -> dict[str, str]:  # image -> caption, in the order of `names`
     "Caption images that are given by name."
-    captions = {}
+    captions, write = {}, write or plain_writer(model, config)
     for start in tqdm(range(0, len(names), config.eval_batch_size), desc="captioning", unit="batch"):
         batch = names[start:start + config.eval_batch_size]
-        captions.update(zip(batch, generate_from_embeddings(
-            embeddings.stack(batch), model, config.max_length, config.num_beams, **generation_options(config))))
+        captions.update(zip(batch, write(embeddings.stack(batch))))
     return captions
 
 
@@ -452,9 +471,10 @@ def load_ensemble(
     names: list[str],  # trained runs; the first one's tokenizer and photos are used
     epoch: int | str | None = None,  # as in `checkpoint_paths`
     device: str = "auto",  # where to compute
+    precision: str | None = None,  # as in `load_run`
 ) -> ClipCapModel:  # in evaluation mode
     "Several runs that write a caption together. Raises `ValueError` where their vocabularies differ."
-    first, *others = (load_run(name, epoch, device) for name in names)
+    first, *others = (load_run(name, epoch, device, precision) for name in names)
     for name, other in zip(names[1:], others):
         if other.tokenizer.get_vocab() != first.tokenizer.get_vocab():
             raise ValueError(f"run {name!r} has another vocabulary than run {names[0]!r}; runs with the same gpt2_model can write together")
