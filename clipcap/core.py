@@ -225,7 +225,7 @@ PLUS = dict(
 PRESETS = {
     "flickr8k": Config(),
     "flickr8k_plus": Config(**PLUS),
-    "flickr8k_tuned": Config(**PLUS, gpt2_tuning="full"),
+    "flickr8k_tuned": Config(**PLUS, gpt2_tuning="full", epochs=8),
     "mini": Config(
         data_root="mini", split="official", clip_model="mini", gpt2_model="mini",
         num_layers=2, num_heads=4, feedforward_dim=512,
