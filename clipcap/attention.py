@@ -140,7 +140,7 @@ def explain(
     with torch.enable_grad():
         with record_attention() as seen:
             embeddings = image_features(model.clip, images, model.features).float() if images.ndim == 4 else images
-        with record_attention() as mapped: prefix = model.mapping_network(embeddings)
+        with record_attention() as mapped: prefix = model.prefix(embeddings)
         if not isinstance(model.mapping_network, MappingNetwork): mapped = []
         looks = mapped[1::2] if seen and model.features == "grid" else []  # at patches that CLIP's layers made
         with record_attention() as spoken: scores = word_scores(model, prefix, words)

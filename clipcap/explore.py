@@ -112,7 +112,8 @@ def explore(
     def draw(_=None):
         if not caption.value.split(): return
         found, = explain(model, shown_to(model, data, [image.value]), [caption.value])
-        figures = [plot_prefix_words(found, "GPT-2's attention"), plot_mapping(found)]
+        figures = [plot_prefix_words(found, "GPT-2's attention")]
+        if found.constants is not None: figures.append(plot_mapping(found))
         if found.photo is not None:
             seen = as_seen(data.photo(image.value), model.preprocess)
             figures.insert(0, plot_photo_words(seen, found, "relevance of the photo for each word"))

@@ -57,7 +57,7 @@ def word_probabilities(
 ) -> torch.Tensor:  # (N, W), on the CPU
     "How probable each word of a caption is, after the words before it."
     given = given.to(model.device)
-    prefix = model.mapping_network(image_features(model.clip, given, model.features).float()) if given.ndim == 4 else given
+    prefix = model.prefix(image_features(model.clip, given, model.features).float()) if given.ndim == 4 else given
     words = read_words(model.tokenizer, [caption]*len(given)).to(model.device)
     return word_scores(model, prefix, words, log_odds=False).exp().cpu()
 
@@ -110,7 +110,7 @@ def faithfulness(
             def probabilities(hidden):
                 return word_probabilities(model, hide_patches(given, hidden.unflatten(1, grid)), caption)
         else:
-            with torch.no_grad(): prefix = model.mapping_network(given[None].to(model.device))[0].cpu()
+            with torch.no_grad(): prefix = model.prefix(given[None].to(model.device))[0].cpu()
             def probabilities(hidden):
                 return word_probabilities(model, hide_tokens(prefix, hidden, mean_prefix), caption)
         n = len(orders(explanation)["relevance"][0][0])

@@ -70,7 +70,7 @@ ABLATION = {  # names in braces are filled in: {seed}, and the files of {views} 
     "neighbours' captions as a prompt": dict(prompt_length=40),
     "LoRA": dict(gpt2_tuning="lora", gpt2_learning_rate=6e-4),
     "GPT-2 tuned": dict(gpt2_tuning="full", gpt2_learning_rate=1e-4),
-    "self-critical": dict(scst_epochs=3, scst_learning_rate=3e-5),
+    "self-critical": dict(scst_epochs=6, scst_learning_rate=1e-4),
     "average of checkpoints": dict(keep="all", checkpoint="average"),
     "greedy": dict(num_beams=1),
     "nucleus": dict(num_beams=1, temperature=1.0, top_p=0.9),
