@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALED', 'SCALED_PLUS', 'RANDOM', 'ABLATION', 'change_text', 'filled', 'grid', 'random_search', 'run_name',
            'training_key', 'branch_run', 'run_recipe', 'result_row', 'yardstick_rows', 'sweep', 'interval', 'summarize',
-           'plot_ablation', 'plot_interaction']
+           'preset_evidence', 'plot_ablation', 'plot_interaction']
 
 # %% ../nbs/08_sweep.ipynb #39057030
 import itertools
@@ -25,7 +25,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from .compare import shuffle_images, yardstick_captions
-from .core import STAGE_FIELDS, Run, atomic_path, make_config, preset_changes, project_root, resolve_path
+from .core import STAGE_FIELDS, Config, Run, atomic_path, make_config, preset_changes, project_root, resolve_path
 from .data import load_data
 from .evaluate import read_captions_json
 from .metrics import score
@@ -285,6 +285,22 @@ def summarize(
             row.update(zip(("difference", "difference_low", "difference_high"), interval(values[shared] - own[shared])))
         rows[recipe] = row
     return pd.DataFrame(rows).T.infer_objects().sort_values(metric, ascending=False)
+
+# %% ../nbs/08_sweep.ipynb #5a0c9f02
+def preset_evidence(
+    preset: str,  # key of `PRESETS`
+    results: pd.DataFrame,  # from `sweep` on `ABLATION`
+) -> pd.DataFrame:  # one line a field: value in `flickr8k`, in `preset`, and the row of the table that has this change alone
+    "A preset as a diff against the original, and what the ablation says of each line."
+    found, rows, wanted = summarize(results), {}, preset_changes(preset)
+    scaled = {*SCALED, *SCALED_PLUS, "gpt2_learning_rate"}
+    def alone(recipe): return all(wanted.get(f) == v for f, v in ABLATION[recipe].items() if f not in scaled)
+    for field, value in wanted.items():
+        having = [r for r, changes in ABLATION.items() if changes.get(field) == value and alone(r) and not r.startswith("flickr8k")]
+        recipe = min(having, key=lambda r: len(ABLATION[r]), default="")
+        rows[field] = {"flickr8k": getattr(Config, field), preset: value, "row": recipe or "(scaled to the ground)"*(field in scaled)}
+        if recipe in found.index: rows[field] |= {name: found[name][recipe] for name in ("difference", "difference_low", "difference_high")}
+    return pd.DataFrame(rows).T
 
 # %% ../nbs/08_sweep.ipynb #6c3a8feb
 def plot_ablation(
