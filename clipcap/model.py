@@ -473,7 +473,15 @@ def load_ensemble(
     device: str = "auto",  # where to compute
     precision: str | None = None,  # as in `load_run`
 ) -> ClipCapModel:  # in evaluation mode
-    "Several runs that write a caption together. Raises `ValueError` where their vocabularies differ."
+    """Several runs that write a caption together.
+
+    Raises `ValueError` where their vocabularies differ, or their data: another's split may have trained on
+    what is tested here."""
+    known = {name: Run(name).stage_entry("01_data").get("data_hash") for name in names}
+    for name, data_hash in known.items():
+        if data_hash != known[names[0]]:
+            raise ValueError(f"run {name!r} was made from other data than run {names[0]!r}, or has another split (seed): it may "
+                             "have been trained on the photos to be captioned; choose members with the same data and seed")
     first, *others = (load_run(name, epoch, device, precision) for name in names)
     for name, other in zip(names[1:], others):
         if other.tokenizer.get_vocab() != first.tokenizer.get_vocab():
