@@ -136,7 +136,7 @@ def written_under(
     if scores == path or scores.suffix != ".json" or not scores.is_file(): return {}
     try: protocol = json_files.loads(scores.read_text("utf-8"))["protocol"]
     except (json_files.JSONDecodeError, KeyError, TypeError): return {}
-    return {k: protocol[k] for k in ("split", "num_beams", "max_length", "checkpoint", "preset", "seed")
+    return {k: protocol[k] for k in ("split", "num_beams", *WAYS, "max_length", "checkpoint", "preset", "seed")
             if k in protocol}
 
 

@@ -225,7 +225,7 @@ def check_references(
                          "same data, and split='official' or the same seed")
 
 # %% ../nbs/04b_compare.ipynb #11d55776
-OWN = ("num_beams", "max_length", "checkpoint", "preset", "seed")  # what a protocol says of one system
+OWN = ("num_beams", *WAYS, "max_length", "checkpoint", "preset", "seed")  # what a protocol says of one system
 
 
 def compare(
@@ -247,7 +247,7 @@ def compare(
               else text_encoder(load_clip(config.clip_model)[0], config.clip_model))
     written = {name: own for name, (_, _, own, _) in read.items()}
     if yardsticks:
-        epoch = int(Path(protocol["checkpoint"]).stem.rsplit("_", 1)[1])  # that wrote the captions
+        epoch = "average" if " + " in protocol["checkpoint"] else int(Path(protocol["checkpoint"]).stem.rsplit("_", 1)[1])  # that wrote the captions
         model = load_run(runs[0], epoch, config.device)
         written |= control_captions(data, captions, model, config) | yardstick_captions(data, list(captions))
     scores = {name: score_split(own, data, split, encode, metrics, tokenization)
@@ -259,7 +259,7 @@ def compare(
               "interval": "95%, bootstrap over images", "p": "approximate randomization, two-sided, "
               "of single comparisons with the first system"}
     own = {n: {"references": s.protocol["references"]} for n, s in scores.items()}
-    for name, (_, _, _, protocol) in read.items(): own[name] |= {k: protocol.get(k) for k in OWN}
+    for name, (_, _, _, protocol) in read.items(): own[name] |= {k: protocol.get(k) for k in OWN if k in protocol or k not in WAYS}
     return Comparison(compare_scores(scores, resamples, seed), shared, own, scores)
 
 

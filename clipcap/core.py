@@ -216,6 +216,10 @@ def _check_config(config):
             raise ValueError(f"{name}={value!r} is too small; it must be at least {_AT_LEAST[name]}")
         if name in _SHARES and value >= 1:
             raise ValueError(f"{name}={value!r} is too large; it must be below 1")
+    if config.views and config.prompt_length:
+        raise ValueError(f"views={config.views} and prompt_length={config.prompt_length} don't go together: a view is not known for its "
+                         "photo, whose own caption would stand in its prompt; set one of them to 0")
+    if config.rerank == "regression" and not config.ridge: raise ValueError("ridge=0 leaves rerank='regression' without a solution; choose 0.1 or more")
 
 # %% ../nbs/00_core.ipynb #ec65f88c
 PLUS = dict(

@@ -380,7 +380,7 @@ def random_view(
 ) -> Image.Image:  # a square
     "A part of a photo, mirrored or not, by chance."
     from torchvision.transforms import InterpolationMode, RandomHorizontalFlip, RandomResizedCrop
-    number = int.from_bytes(hashlib.sha256(json.dumps([seed, name]).encode()).digest()[:7])
+    number = int.from_bytes(hashlib.sha256(json.dumps([seed, name]).encode()).digest()[:7], "big")
     crop = RandomResizedCrop(min(photo.size), VIEW_SCALE, interpolation=InterpolationMode.BICUBIC)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(number)

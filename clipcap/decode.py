@@ -75,6 +75,9 @@ class Reranker:
         by_image = train.assign(words=tokenize({"train": train.caption.tolist()})["train"]).groupby("image")
         self.said, self.original = by_image.words.apply(list).to_dict(), by_image.caption.apply(list).to_dict()
         self.vectors = CiderVectors(list(self.said.values()))
+        for images in self.said.values():
+            for caption in images: self.vectors.sparse(caption)
+        self.sizes = len(self.vectors.known), len(self.vectors.number)
         if config.rerank == "regression":
             self.expected, self.weights = ExpectedSimilarity(self.vectors, list(self.said.values())), RegressionWeights(data, config.ridge)
 
@@ -93,9 +96,15 @@ class Reranker:
             others = [c for image in near[n] for c in self.original[image]]
             candidates, by_words = others + found[n], [w for image in near[n] for w in self.said[image]] + words[n]
             marks = self._marks(embedding, candidates, by_words, len(others), weights[n])
-            if config.likelihood_weight: marks = marks + config.likelihood_weight*log_likelihoods(self.model, embedding, candidates, config.max_length)
+            if config.likelihood_weight: marks = marks + config.likelihood_weight*self._likelihood(embedding, candidates)
             chosen.append(candidates[int(np.argmax(marks))])
+        for kept, size in zip((self.vectors.known, self.vectors.number), self.sizes):
+            while len(kept) > size: kept.popitem()  # what candidates added, the newest first: memory stays constant
         return chosen
+
+    def _likelihood(self, embedding, candidates):
+        members = [self.model, *self.model.members]
+        return np.mean([log_likelihoods(m, embedding, candidates, self.config.max_length) for m in members], 0)
 
     def _marks(self, embedding, candidates, words, asked, weights):
         if self.config.rerank == "clip": return self.encode(candidates) @ embedding.double().numpy()  # texts of length 1: the order of cosines

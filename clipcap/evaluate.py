@@ -20,7 +20,7 @@ from .data import Data, load_data, show_photos
 from .decode import caption_writer
 from .metrics import (CLIP_COLUMNS, MEANS, METRICS, Scores, as_scores, attempt, clip_scores,
                              diversity, intervals, score, text_encoder)
-from .model import caption_images, checkpoint_path, load_ensemble, written_by, written_by
+from .model import caption_images, checkpoint_paths, load_ensemble, written_by, written_by
 
 # %% ../nbs/04_evaluate.ipynb #ffa81f4f
 _all_ = ["Scores", "score"]
@@ -100,13 +100,16 @@ def evaluate_run(
 ) -> Scores:  # also written to the run folder
     "Caption a split with a run's checkpoint and score the captions."
     epoch = epoch or config.checkpoint
+    if split == "train" and config.rerank in ("consensus", "regression"):
+        raise ValueError(f"rerank={config.rerank!r} would offer the training images their own captions; choose eval_split='val' or 'test', "
+                         "or rerank='none'")
     data, model = load_data(run, config), load_ensemble([run.name, *config.members.split()], epoch, config.device)
     encode, names = model.clip and text_encoder(model.clip, config.clip_model), list(data.references(split))
     captions = caption_images(model, data.embeddings, names, config, caption_writer(model, config, lambda: data, encode))
     write_captions(run.path/f"captions_{split}.json", captions)
     scores = score_split(captions, data, split, encode)
     protocol = {**scores.protocol, **written_by(config), "max_length": config.max_length, "precision": model.precision,
-                "checkpoint": checkpoint_path(run, epoch).name, "preset": run.manifest["preset"],
+                "checkpoint": " + ".join(p.name for p in checkpoint_paths(run, epoch)), "preset": run.manifest["preset"],
                 "seed": config.seed, "data_hash": run.stage_entry("01_data")["data_hash"][:12],
                 "interval": f"95% of {resamples} bootstrap samples of the images"}
     with atomic_path(run.path/f"scores_{split}.csv") as temporary: scores.per_image.to_csv(temporary)

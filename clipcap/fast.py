@@ -157,7 +157,7 @@ def token_losses(
     smoothing: float = 0.,  # share of a target that all words divide among them (Szegedy et al. 2016, §7)
 ) -> torch.Tensor:  # (N,) -log p of each target, in nats, float32
     "Cross-entropy of an output layer; in chunks where the layer is frozen."
-    if head.weight.requires_grad:
+    if head.weight.requires_grad and torch.is_grad_enabled():
         return F.cross_entropy(head(hidden).float(), targets, reduction="none", label_smoothing=smoothing)
     return _TokenLosses.apply(hidden, head.weight, head.bias, targets, chunk, smoothing)
 

@@ -107,6 +107,7 @@ def is_stale(
     config: Config,  # its `patience` and `best_by`
 ) -> bool:  # True: more epochs are unlikely to help
     "Whether training has stopped getting better."
+    metrics = [m for m in metrics if config.best_by != "cider" or "val_cider" in m]
     if not config.patience or not metrics: return False
     marks = [m["val_cider"] if config.best_by == "cider" else -m["val_loss"] for m in metrics]
     return len(marks) - 1 - marks.index(max(marks)) >= config.patience

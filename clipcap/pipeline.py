@@ -48,6 +48,7 @@ def depends_on(
     named = (config.data_root, config.embeddings, config.clip_model, config.gpt2_model)
     inputs = [_listing(asset_path("mini") if name == "mini" else resolve_path(name))
               for name in named if name]
+    if stage >= "04_evaluate": inputs += [_listing(outputs_dir()/name/"checkpoints") for name in config.members.split()]
     return {"config": stage_config(config, stage), "code": _hash(code), "inputs": _hash(inputs)}
 
 # %% ../nbs/11_pipeline.ipynb #dc5fc277
@@ -89,7 +90,7 @@ def run_stages(
     run: str = "demo",  # folder under `outputs/`
     preset: str = "mini",  # key of `PRESETS`
     force: bool = False,  # run every stage, finished or not
-    tests: bool = True,  # False: cells tagged `test` are skipped
+    tests: bool | None = None,  # cells tagged `test` are skipped or not; None: not with the preset "mini", whose data they want
     stages=tuple(STAGE_FIELDS),  # which
     notebooks: Path | None = None,  # their folder; the project's `nbs` where None
     **changes,  # fields of `Config`
@@ -115,7 +116,7 @@ def run_stages(
         out.parent.mkdir(parents=True, exist_ok=True)
         papermill.execute_notebook(
             str(notebooks/f"{stage}.ipynb"), str(out), parameters, kernel_name="python3",
-            cwd=str(project_root()), stderr_file=sys.stderr, **({} if tests else {"skip_cells_with_tag": "test"}))
+            cwd=str(project_root()), stderr_file=sys.stderr, **({} if tests or tests is None and preset == "mini" else {"skip_cells_with_tag": "test"}))
         _remember(run, stage, now, complete=True)
         ran.append(stage)
     return ran

@@ -37,7 +37,7 @@ class CaptionMemory(nn.Module):
         self.directions = self._directions(embeddings)
         kept = torch.full((len(captions), self.prompt_length), self.separator)
         for row, ids in zip(kept, captions):  # at the right; what is too long loses its beginning
-            if ids := ids[-(self.prompt_length - 1):]: row[-len(ids):] = torch.tensor(ids)
+            if ids := ids[max(0, len(ids) - self.prompt_length + 1):]: row[-len(ids):] = torch.tensor(ids)
         self.captions = kept.to(self.mean.device)
 
     def _directions(self, embeddings): return F.normalize((embeddings.mean(1) if embeddings.ndim == 3 else embeddings) - self.mean, dim=1)
@@ -66,6 +66,6 @@ class CaptionMemory(nn.Module):
         return torch.stack([F.pad(ids, (self.prompt_length - len(ids), 0), value=self.separator) for ids in prompts])
 
     def _load_from_state_dict(self, state, prefix, *rest):
-        for name in ("directions", "captions"):  # a checkpoint's memory may be of another size
-            if prefix + name in state: setattr(self, name, torch.empty_like(state[prefix + name], device=self.mean.device))
+        for name in ("directions", "captions"):  # a checkpoint's memory may be of more photos or fewer
+            if prefix + name in state and state[prefix + name].shape[1:] == getattr(self, name).shape[1:]: setattr(self, name, torch.empty_like(state[prefix + name], device=self.mean.device))
         super()._load_from_state_dict(state, prefix, *rest)

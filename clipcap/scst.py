@@ -140,6 +140,7 @@ def train_scst(
 ) -> pd.DataFrame:  # one row an epoch
     "Train for CIDEr, from the last finished epoch on."
     accelerator, reward = Accelerator(cpu=config.device == "cpu"), CiderReward(train_set.references)
+    if accelerator.num_processes > 1: raise ValueError(f"03c_scst was started in {accelerator.num_processes} processes and trains in one; start it without torchrun")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], config.scst_learning_rate,
                                   weight_decay=config.weight_decay, fused=True)
     no_average = Average(model, 0.)
@@ -180,6 +181,7 @@ def scst_run(
 ) -> pd.DataFrame:  # one row an epoch; none where `scst_epochs` is 0
     "Train a run on for CIDEr, or go on with that. Raises `ValueError` where it was done by another recipe."
     before, trained = trained_so_far(run.path, "scst.pt"), trained_so_far(run.path)
+    if not before and trained: forget_later(run.path, trained["epoch"])  # a checkpoint that was killed half-way
     if not (before or config.scst_epochs): return pd.DataFrame()
     begin = trained["epoch"] if epoch is None else epoch
     if begin > trained["epoch"]: raise ValueError(

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .core import Config, Run, atomic_path, hash_file
 from .data import encode_images, load_data, read_photo
-from .model import ClipCapModel, checkpoint_path, generate_caption_batch, load_ensemble, plain_writer, written_by
+from .model import ClipCapModel, checkpoint_paths, generate_caption_batch, load_ensemble, plain_writer, written_by
 
 # %% ../nbs/02e_stream.ipynb #8144baea
 def read_ahead(
@@ -84,8 +84,10 @@ def caption_settings(
     "What decides a photo's caption, but for precision. Raises `ValueError` for a run that is not trained."
     if not run.manifest: raise ValueError(f"there is no run {run.name!r} in {run.path.parent}")
     config = writing_config(run, num_beams)
-    path = checkpoint_path(run, epoch or config.checkpoint)
-    return {"run": run.name, "checkpoint": path.name, "sha256": hash_file(path)[:16],
+    paths = [p for name in (run.name, *config.members.split()) for p in checkpoint_paths(Run(name, run.path.parent), epoch or config.checkpoint)]
+    files = [f for p in paths for f in (p, p.with_name(p.name.replace("mapping_network", "gpt2")), p.with_name("prompts.pth")) if f.is_file()]
+    digest = hash_file(files[0]) if len(files) == 1 else hashlib.sha256("".join(map(hash_file, files)).encode()).hexdigest()
+    return {"run": run.name, "checkpoint": " + ".join(p.name for p in paths), "sha256": digest[:16],
             **written_by(config), "max_length": config.max_length}
 
 
@@ -149,6 +151,7 @@ def caption_files(
     config = writing_config(Run(run), num_beams)
     model = load_ensemble([run, *config.members.split()], epoch or config.checkpoint, device, precision)
     settings["precision"] = model.precision
+    if config.samples or config.temperature: settings["batch_size"] = batch_size  # chance goes by batches
     done = begin_captions(out, settings, restart) if out else set()
     counts = {"captioned": 0, "unreadable": 0, "done": len(done)}
     total = len({*map(str, photos)} - done) if isinstance(photos, list) else None

@@ -222,6 +222,7 @@ def sweep(
     rows = pd.read_csv(table).to_dict("records") if table.is_file() else []
     rows = [r for r in rows if r["change"] == change_text(recipes.get(r["recipe"], {})) or r["recipe"] not in recipes]  # others are out of date
     done = {(r["recipe"], r["change"], r["seed"]) for r in rows}
+    held = {r["seed"] for r in rows if r["change"] == "no model"}  # seeds whose yardsticks are there
     jobs, last = {}, {}  # recipes that share a training, one after the other
     for (recipe, changes), seed in itertools.product(recipes.items(), seeds):
         if (recipe, change_text(changes), seed) in done: continue
@@ -244,7 +245,10 @@ def sweep(
                 trained = trained or Run(name)
                 row = {"recipe": recipe, "change": change_text(changes), "seed": seed, **result_row(Run(name), seed)}
                 with lock: rows.append(row); write()
-                if ("no model", seed) not in {(r["change"], r["seed"]) for r in rows}:
+                with lock:
+                    wanted = seed not in held
+                    held.add(seed)
+                if wanted:
                     found = yardstick_rows(Run(name), seed)
                     with lock: rows.extend(found); write()
             except Exception as error: failed[name] = f"{type(error).__name__}: {error}"

@@ -53,8 +53,8 @@ def validation_loss(
     was_training, total, tokens = model.training, 0.0, 0
     model.eval()
     for batch in loader:
-        total += model(batch["embedding"], batch["input_ids"], batch["attention_mask"],
-                       batch["image_of"]).sum().item()
+        given = (batch[k].to(next(model.parameters()).device) for k in ("embedding", "input_ids", "attention_mask", "image_of"))
+        total += model(*given).sum().item()
         tokens += batch["attention_mask"].sum().item()
     model.train(was_training)
     return total/tokens
@@ -255,7 +255,8 @@ def train_run(
     if before and (restart is True or restart and (
             before["epoch"] > config.epochs or recipe_changes(before["recipe"], recipe))):
         _set_aside(run.path)
-    if model.prompts is not None: save_checkpoint(run.path/"checkpoints/prompts.pth", model.prompts.state_dict())
+    refused = before and not restart and recipe_changes(before["recipe"], recipe)
+    if model.prompts is not None and not refused: save_checkpoint(run.path/"checkpoints/prompts.pth", model.prompts.state_dict())
     return train(model, train_set, val_set, config, run.path, recipe)
 
 
