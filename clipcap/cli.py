@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fastcore.script import Param, anno_parser
 
-from .core import atomic_path, write_json
+from .core import WAYS, atomic_path, write_json
 
 # %% ../nbs/12_cli.ipynb #570bc269
 def _json_pairs(value, path) -> Iterator[tuple]:
@@ -192,7 +192,7 @@ def caption(
     out: str = "",  # Captions file (JSON Lines), gone on with where it was begun; standard output if empty
     epoch: str = "",  # Checkpoint: a number, or best; the last if empty
     num_beams: int = None,  # 1 is greedy; the run's own if not given
-    batch_size: int = 32,  # Photos captioned at once; changes speed and memory, no caption
+    batch_size: int = 32,  # Photos captioned at once; changes speed and memory, and captions that are drawn by chance
     device: str = "auto",  # auto, cpu, cuda or mps
     precision: str = "",  # float32, bfloat16 or auto; the run's own if empty
     restart: bool = False,  # Begin the captions file anew

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from .core import Config, Run, atomic_path, open_run, write_json
+from .core import WAYS, Config, Run, atomic_path, open_run, write_json
 from .data import Data, load_clip, load_data
 from .evaluate import read_captions_json, score_split
 from .metrics import (CLIP_COLUMNS, Column, Scores, as_scores, average, intervals, middle,

@@ -8,6 +8,7 @@ __all__ = ['SUFFIXES', 'read_ahead', 'caption_stream', 'writing_config', 'captio
 
 # %% ../nbs/02e_stream.ipynb #dda77d51
 import dataclasses
+import hashlib
 import json
 import os
 import sys
