@@ -222,7 +222,7 @@ def sweep(
     rows = pd.read_csv(table).to_dict("records") if table.is_file() else []
     rows = [r for r in rows if r["change"] == change_text(recipes.get(r["recipe"], {})) or r["recipe"] not in recipes]  # others are out of date
     done = {(r["recipe"], r["change"], r["seed"]) for r in rows}
-    held = {r["seed"] for r in rows if r["change"] == "no model"}  # seeds whose yardsticks are there
+    trained_on = {}  # seed -> a run that has its split
     jobs, last = {}, {}  # recipes that share a training, one after the other
     for (recipe, changes), seed in itertools.product(recipes.items(), seeds):
         if (recipe, change_text(changes), seed) in done: continue
@@ -245,18 +245,16 @@ def sweep(
                 trained = trained or Run(name)
                 row = {"recipe": recipe, "change": change_text(changes), "seed": seed, **result_row(Run(name), seed)}
                 with lock: rows.append(row); write()
-                with lock:
-                    wanted = seed not in held
-                    held.add(seed)
-                if wanted:
-                    found = yardstick_rows(Run(name), seed)
-                    with lock: rows.extend(found); write()
+                trained_on.setdefault(seed, Run(name))
             except Exception as error: failed[name] = f"{type(error).__name__}: {error}"
             bar.update()
 
     with ThreadPoolExecutor(workers) as pool, tqdm(total=sum(map(len, [*jobs.values(), *last.values()])), desc="runs", unit="run") as bar:
         list(pool.map(work, jobs.values()))
         list(pool.map(work, last.values()))
+    for seed in set(trained_on) - {r["seed"] for r in rows if r["change"] == "no model"}:
+        rows += yardstick_rows(trained_on[seed], seed)  # in this thread: a JVM that other threads have used does not end
+        write()
     return pd.DataFrame(rows, columns=columns), failed
 
 # %% ../nbs/08_sweep.ipynb #32683c4d
