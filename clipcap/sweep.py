@@ -302,7 +302,7 @@ def preset_evidence(
         recipe = min(having, key=lambda r: len(ABLATION[r]), default="")
         rows[field] = {"flickr8k": getattr(Config, field), preset: value, "row": recipe or "(scaled to the ground)"*(field in scaled)}
         if recipe in found.index: rows[field] |= {name: found[name][recipe] for name in ("difference", "difference_low", "difference_high")}
-    return pd.DataFrame(rows).T
+    return pd.DataFrame(rows).T.reindex(columns=["flickr8k", preset, "row", "difference", "difference_low", "difference_high"])
 
 # %% ../nbs/08_sweep.ipynb #6c3a8feb
 def plot_ablation(
