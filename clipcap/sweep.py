@@ -327,7 +327,7 @@ def plot_ablation(
         ax.annotate(f"{name}: {value:.2f}", (value, len(table) - 0.3), ha="center", color="#D55E00", fontsize=9, annotation_clip=False)
     ax.set_yticks(range(len(table)), table.index)
     ax.set(xlabel=metric.upper() if metric in ("spice", "meteor") else "CIDEr")
-    ax.set_title("One change each: mean (diamond) and seeds; blue: better than the original", loc="left", fontsize=11, pad=18)
+    ax.set_title("Mean (diamond) and seeds of each recipe; blue: better than the original", loc="left", fontsize=11, pad=18)
     ax.spines[["top", "right"]].set_visible(False)
     return figure
 
