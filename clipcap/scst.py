@@ -223,5 +223,5 @@ def plot_rewards(
     start = metrics.epoch.iloc[0] - 1
     ax.plot(metrics.epoch, metrics.reward, marker="o", markersize=3, label="drawn captions, training images")
     ax.plot([start, *metrics.epoch], [before, *metrics.val_cider], marker="o", markersize=3, label="captions of the validation images")
-    ax.set(title=f"Trained for CIDEr: {before:.2f} → {metrics.val_cider.iloc[-1]:.2f} on the validation images", xlabel="epoch", ylabel="CIDEr")
+    ax.set(title=f"Trained for CIDEr: {before:.2f} → {metrics.val_cider.iloc[-1]:.2f} on the validation images", xlabel="epoch", ylabel="CIDEr", xticks=[start, *metrics.epoch][::max(1, len(metrics)//8)])
     ax.legend()
