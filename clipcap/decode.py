@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from .core import Config, seed_everything
 from .data import Data, encode_captions

@@ -20,7 +20,7 @@ from .data import Data, load_data, show_photos
 from .decode import caption_writer
 from .metrics import (CLIP_COLUMNS, MEANS, METRICS, Scores, as_scores, attempt, clip_scores,
                              diversity, intervals, score, text_encoder)
-from .model import caption_images, checkpoint_paths, load_ensemble, written_by, written_by
+from .model import caption_images, checkpoint_paths, load_ensemble, written_by
 
 # %% ../nbs/04_evaluate.ipynb #ffa81f4f
 _all_ = ["Scores", "score"]
