@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLUS', 'PRESETS', 'STAGE_FIELDS', 'WAYS', 'project_root', 'resolve_path', 'outputs_dir', 'asset_path', 'atomic_path',
-           'write_json', 'save_figure', 'hash_file', 'Config', 'preset_changes', 'make_config', 'stage_config',
-           'seed_everything', 'pick_device', 'environment', 'Run', 'check_earlier', 'stage', 'check_preset', 'open_run',
-           'notebook_parameters']
+           'write_json', 'save_figure', 'hash_file', 'Config', 'preset_changes', 'make_config', 'parse_changes',
+           'stage_config', 'seed_everything', 'pick_device', 'environment', 'Run', 'check_earlier', 'stage',
+           'check_preset', 'open_run', 'notebook_parameters']
 
 # %% ../nbs/00_core.ipynb #45f0c40e
 import dataclasses
@@ -262,6 +262,21 @@ def make_config(
             raise ValueError(f"unknown field {name!r}{hint}")
     return dataclasses.replace(
         PRESETS[preset], **{k: v for k, v in changes.items() if v is not None})
+
+# %% ../nbs/00_core.ipynb #5a0c9101
+def parse_changes(
+    words: list[str],  # such as ["epochs=5", "learning_rate=1e-3"]
+) -> dict:  # field -> value, numbers as numbers
+    "Read `field=value` words. Raises `ValueError` for a word that is none."
+    changes = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals: raise ValueError(f"{word!r} is not of the form field=value")
+        for kind in (int, float, str):
+            try: changes[name] = kind(value)
+            except ValueError: continue
+            break
+    return changes
 
 # %% ../nbs/00_core.ipynb #6122954a
 STAGE_FIELDS = {

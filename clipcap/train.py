@@ -4,29 +4,33 @@
 
 # %% auto #0
 __all__ = ['epoch_loader', 'validation_loss', 'validation_cider', 'finish_epoch', 'trained_so_far', 'recipe_changes', 'resume',
-           'forget_later', 'train', 'train_run', 'fill_prompts', 'plot_losses', 'watch']
+           'forget_later', 'train', 'train_run', 'fill_prompts', 'plot_losses', 'watch', 'train_stage', 'main']
 
 # %% ../nbs/03_train.ipynb #2ffcf2fd
 import json
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
+from accelerate.utils import gather_object, send_to_device
+from fastcore.script import Param, call_parse
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from .core import (Config, Run, atomic_path, save_figure, seed_everything, stage_config,
+from .core import (Config, Run, atomic_path, open_run, parse_changes, save_figure, seed_everything, stage_config,
                           write_json)
-from .data import Data, FlickrDataset, load_data
+from .data import Data, FlickrDataset, load_data, prepare_data
 from .metrics import score, tokenize
 from .model import (ClipCapModel, best_epoch, caption_images, check_features, load_checkpoint, load_model,
                            read_metrics, save_checkpoint, save_weights, trained_weights)
 from .neighbours import CiderVectors, consensus
 from .networks import fit_scaling
 from .optimize import Average, drop_tokens, groups, is_stale, rate_schedule, trained_groups
+from .parallel import same_draws, share, start, totals
 
 # %% ../nbs/03_train.ipynb #8976c97c
 def epoch_loader(
@@ -50,14 +54,14 @@ def validation_loss(
     loader: DataLoader,  # batches of the validation split
 ) -> float:  # nats a token
     "Mean loss over all caption tokens; the model comes back in the mode it was in."
-    was_training, total, tokens = model.training, 0.0, 0
+    state, was_training, total, tokens = PartialState(), model.training, 0.0, 0
     model.eval()
     for batch in loader:
-        given = (batch[k].to(next(model.parameters()).device) for k in ("embedding", "input_ids", "attention_mask", "image_of"))
-        total += model(*given).sum().item()
+        own = send_to_device(share(batch, state.process_index, state.num_processes), next(model.parameters()).device)
+        total += own["weight"]*model(own["embedding"], own["input_ids"], own["attention_mask"], own["image_of"]).sum().item()
         tokens += batch["attention_mask"].sum().item()
     model.train(was_training)
-    return total/tokens
+    return totals(total)[0]/tokens
 
 # %% ../nbs/03_train.ipynb #84f13e5c
 def validation_cider(
@@ -66,7 +70,9 @@ def validation_cider(
     config: Config,  # how captions are written
 ) -> float:  # CIDEr, 0 to 10
     "CIDEr of the captions that a model writes for the validation images."
-    captions = caption_images(model, val_set.embeddings, val_set.images, config)
+    state = PartialState()
+    captions = caption_images(model, val_set.embeddings, val_set.images[state.process_index::state.num_processes], config)
+    captions = dict(gather_object(list(captions.items())))
     return score(captions, val_set.references, metrics=["cider"]).corpus["cider"]
 
 # %% ../nbs/03_train.ipynb #2fac35f3
@@ -138,7 +144,8 @@ def resume(
     name: str = "last.pt",  # as in `finish_epoch`
 ) -> int:  # epochs that are finished
     "Continue from `last.pt`, if there is one. Raises `ValueError` where its recipe is another."
-    for stray in (folder/"checkpoints").glob(".*"): stray.unlink()  # left by a killed process
+    if PartialState().is_main_process:
+        for stray in (folder/"checkpoints").glob(".*"): stray.unlink()  # left by a killed process
     state = trained_so_far(folder, name)
     if state is None: return 0
     if changes := recipe_changes(state["recipe"], recipe):
@@ -171,48 +178,52 @@ def train(
     recipe: dict,  # what the weights depend on, for `resume`
 ) -> pd.DataFrame:  # one row an epoch
     "Train the mapping network, and what is tuned of GPT-2, from the last finished epoch on."
-    accelerator = Accelerator(cpu=config.device == "cpu")
+    accelerator = start(config.device)
+    rank, world, writes = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     optimizer = torch.optim.AdamW(trained_groups(model, config), config.learning_rate,
                                   weight_decay=config.weight_decay, fused=True)
     average = Average(model, config.ema)
     finished, hidden = resume(folder, model, optimizer, average, recipe), model.tokenizer.pad_token_id
     steps = -(-len(train_set)//(config.batch_size*config.accumulate))
     schedule = rate_schedule(optimizer, config, steps, finished)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    val_loader = accelerator.prepare(DataLoader(val_set, config.eval_batch_size,
-                                                collate_fn=val_set.collate))
+    plain, (model, optimizer) = model, accelerator.prepare(model, optimizer)
+    val_loader = DataLoader(val_set, config.eval_batch_size, collate_fn=val_set.collate)
     for epoch in range(finished + 1, config.epochs + 1):
         if is_stale([m for m in read_metrics(folder) if m["epoch"] < epoch], config): break
-        forget_later(folder, epoch - 1)
+        if writes: forget_later(folder, epoch - 1)
         seed_everything(config.seed, epoch)
         started, total, tokens = time.monotonic(), 0.0, 0
         model.train()
-        loader = accelerator.prepare(epoch_loader(train_set, config, epoch))
-        for group in (bar := tqdm(groups(loader, config.accumulate), f"epoch {epoch}/{config.epochs}", steps, unit="step")):
+        batches = groups(epoch_loader(train_set, config, epoch), config.accumulate)
+        for group in (bar := tqdm(batches, f"epoch {epoch}/{config.epochs}", steps, unit="step", **({} if writes else {"disable": True}))):
             count = sum(batch["attention_mask"].sum() for batch in group)
             for batch in group:
-                read_ids = drop_tokens(batch["input_ids"], config.token_dropout, hidden)
-                losses = model(batch["embedding"], batch["input_ids"], batch["attention_mask"],
-                               batch["image_of"], read_ids, config.label_smoothing)
-                total += losses.sum().item()
-                if not total < float("inf"): raise _not_finite(folder, epoch, batch, losses)
-                accelerator.backward(losses.sum()/count)
+                batch["read_ids"] = drop_tokens(batch["input_ids"], config.token_dropout, hidden)
+                own = send_to_device(share(batch, rank, world), accelerator.device)
+                with nullcontext() if batch is group[-1] else accelerator.no_sync(model):
+                    with same_draws(own, len(batch["embedding"]), world):
+                        losses = own["weight"]*model(own["embedding"], own["input_ids"], own["attention_mask"],
+                                                     own["image_of"], own["read_ids"], config.label_smoothing)
+                    total += losses.sum().item()
+                    if not total < float("inf"): raise _not_finite(folder, epoch, own, losses)
+                    accelerator.backward(losses.sum()*world/count)  # the mean over processes is taken of their gradients
             tokens += count.item()
             if config.clip_norm: accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
             average.update()
-            bar.set_postfix(loss=f"{total/tokens:.3f}", refresh=False)
+            bar.set_postfix(loss=f"{total*world/tokens:.3f}", refresh=False)
         seconds = time.monotonic() - started
-        plain = accelerator.unwrap_model(model)
         with average.in_place():
-            marks = {"val_loss": validation_loss(model, val_loader)}
+            marks = {"val_loss": validation_loss(plain, val_loader)}
             if config.best_by == "cider": marks["val_cider"] = validation_cider(plain, val_set, config)
-        finish_epoch(folder, plain, optimizer, average, recipe, {
-            "epoch": epoch, "train_loss": total/tokens, **marks,
+        train_loss = totals(total)[0]/tokens
+        if writes: finish_epoch(folder, plain, optimizer, average, recipe, {
+            "epoch": epoch, "train_loss": train_loss, **marks,
             "learning_rate": optimizer.param_groups[0]["lr"], "seconds": round(seconds, 2),
             "captions_per_second": round(len(train_set)/seconds, 1), "precision": plain.precision}, config)
+        accelerator.wait_for_everyone()
     return pd.DataFrame([m for m in read_metrics(folder) if m["epoch"] <= config.epochs])
 
 
@@ -234,7 +245,8 @@ def train_run(
     config: Config,  # of the run
     restart: bool | str = False,  # True: begin anew; "if changed": only if the recipe is another
 ) -> pd.DataFrame:  # one row an epoch
-    "Train a run, or go on with it."
+    "Train a run, or go on with it; in as many processes as torchrun started."
+    accelerator = start(config.device)  # on a machine with several GPUs it chooses this process's
     data = load_data(run, config)
     check_features(config.mapping_network, data.embeddings.tokens, data.embeddings.path)
     model = load_model(config, data.embeddings.dim)
@@ -252,11 +264,13 @@ def train_run(
     if before and before["epoch"] > config.epochs and not restart:
         raise ValueError(f"run {run.name!r} is trained for {before['epoch']} epochs, more than "
                          f"epochs={config.epochs}; ask for as many, or begin anew: restart=True")
-    if before and (restart is True or restart and (
+    accelerator.wait_for_everyone()  # all have looked, before one of them changes anything
+    if before and accelerator.is_main_process and (restart is True or restart and (
             before["epoch"] > config.epochs or recipe_changes(before["recipe"], recipe))):
         _set_aside(run.path)
     refused = before and not restart and recipe_changes(before["recipe"], recipe)
-    if model.prompts is not None and not refused: save_checkpoint(run.path/"checkpoints/prompts.pth", model.prompts.state_dict())
+    if model.prompts is not None and not refused and accelerator.is_main_process: save_checkpoint(run.path/"checkpoints/prompts.pth", model.prompts.state_dict())
+    accelerator.wait_for_everyone()
     return train(model, train_set, val_set, config, run.path, recipe)
 
 
@@ -314,3 +328,35 @@ def watch(
         config = Config(**run.manifest["config"])
         if seen >= config.epochs or is_stale(read_metrics(run.path), config): return metrics
         time.sleep(every)
+
+# %% ../nbs/03_train.ipynb #5a0d0302
+def train_stage(
+    run: str,  # folder under `outputs_dir()`
+    preset: str | None = None,  # key of `PRESETS`; None: the run's own, or "mini" for a new run
+    restart: bool = False,  # begin anew
+    **changes,  # fields of `Config`
+) -> pd.DataFrame:  # one row an epoch
+    "This stage, and `01_data` where that is not finished, in as many processes as torchrun started."
+    accelerator = start(changes.get("device") or "auto")
+    first = accelerator.is_main_process
+    with accelerator.main_process_first():
+        run, config = open_run(run, preset, **changes)
+        if first and "finished" not in run.stage_entry("01_data"):
+            with run.stage("01_data", config) as notes: notes.update(prepare_data(run, config))
+    with run.stage("03_train", config, ["01_data"]) if first else nullcontext({}) as notes:
+        metrics = train_run(run, config, restart)
+        notes.update(epochs=len(metrics), final_val_loss=metrics.val_loss.iloc[-1], processes=accelerator.num_processes)
+    return metrics
+
+
+@call_parse
+def main(
+    change: Param("Fields of Config to change: epochs=5 seed=1 …", str, nargs="*"),
+    run: str = "demo",  # Folder under outputs/
+    preset: str = None,  # Key of PRESETS; the run's own, or mini for a new run
+    restart: bool = False,  # Begin anew
+):
+    "Train a run; in several processes: `torchrun --nproc_per_node N -m clipcap.train --run RUN epochs=5`."
+    try: metrics = train_stage(run, preset, restart, **parse_changes(change))
+    except (OSError, ValueError, FloatingPointError) as error: raise SystemExit(f"clipcap.train: {error}") from None
+    if PartialState().is_main_process: print(metrics.set_index("epoch").round(4).to_string())
