@@ -23,5 +23,6 @@ setup(
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     entry_points={"console_scripts": settings["console_scripts"].split()},
-    extras_require={"dev": settings["dev_requirements"].split()},
+    extras_require={name.removesuffix("_requirements"): settings[name].split()
+                    for name in settings if name.endswith("_requirements")},
 )
