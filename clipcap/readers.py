@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'READERS', 'read_text', 'read_lines', 'read_json', 'Photos'
            'find_source', 'read_table', 'check_official', 'read_flickr8k', 'read_flickr30k', 'read_karpathy',
            'read_coco', 'read_url_captions', 'Tars', 'read_img2dataset', 'ArrowPhotos', 'read_saved_dataset']
 
-# %% ../nbs/00c_readers.ipynb #cb2028e2
+# %% ../nbs/00c_readers.ipynb #d69ef290
 import csv
 import hashlib
 import io
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from .core import resolve_path
 
-# %% ../nbs/00c_readers.ipynb #1f0b2309
+# %% ../nbs/00c_readers.ipynb #109320e7
 def read_text(
     path: str | Path,  # a text file
 ) -> str:  # all of it
@@ -62,7 +62,7 @@ def read_json(
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}): expected {holds}. Was it downloaded whole?") from None
 
-# %% ../nbs/00c_readers.ipynb #2932380b
+# %% ../nbs/00c_readers.ipynb #e76b3495
 class Photos(Protocol):
     "Where the photos of a data set are."
     root: Path  # the data set's folder: what a cache of embeddings is named after
@@ -111,7 +111,7 @@ def as_photos(
     "A folder as `Photos`; other `Photos` as they are."
     return Folders(photos) if isinstance(photos, Path) else photos
 
-# %% ../nbs/00c_readers.ipynb #5d6d4901
+# %% ../nbs/00c_readers.ipynb #ddbff4ae
 SPLITS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt",
           "test": "Flickr_8k.testImages.txt"}
 _PARTS = {"train": ("train", "training", "restval"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
@@ -136,7 +136,7 @@ def split_of(
     "The split that a name speaks of, by its first word that is one's."
     return next((_PART_OF[word] for word in re.findall("[a-z]+", text.lower()) if word in _PART_OF), None)
 
-# %% ../nbs/00c_readers.ipynb #19666028
+# %% ../nbs/00c_readers.ipynb #cdc341da
 @dataclass(frozen=True)
 class Layout:
     "Where the parts of a data set lie."
@@ -170,7 +170,7 @@ def _flickr_photos(root):
     "The folder of Flickr's photos; None where there is none."
     return next((root/name for name in _FLICKR_PHOTOS if (root/name).is_dir()), None)
 
-# %% ../nbs/00c_readers.ipynb #84d58e6f
+# %% ../nbs/00c_readers.ipynb #dcd5e6c6
 def _token_rows(path):
     "Pairs (image, caption) of the original layout."
     for number, line in read_lines(path):
@@ -216,7 +216,7 @@ def read_captions(
     if table.empty: raise ValueError(f"{path} holds no captions")
     return table
 
-# %% ../nbs/00c_readers.ipynb #cca3c644
+# %% ../nbs/00c_readers.ipynb #1ba957cc
 def official_split(
     folder: Path,  # folder of the three lists
 ) -> dict[str, str]:  # image -> "train", "val" or "test"
@@ -238,11 +238,12 @@ def _listed(folder):
                                  f"{folder}; remove it from one of them")
     return split
 
-# %% ../nbs/00c_readers.ipynb #4d1ce892
+# %% ../nbs/00c_readers.ipynb #8d3b008e
 @dataclass(frozen=True)
 class Reader:
     "How a format is recognised and read."
     looks_for: tuple[str, ...]  # patterns under the folder; the first that matches anything counts; "x/": a folder
+    named: str  # the same in words
     holds: str  # what is in such a file
     splits: str  # where the official splits stand, and what to do where there are none
     read: Callable  # (root, files, left_out) -> function that yields rows, photos
@@ -269,8 +270,8 @@ class Source:
 def _found(path, reader):
     "The data set's folder, and the files of a reader's format at a path."
     if path.is_file():
-        depths = [len(PurePosixPath(pattern).parts) for pattern in reader.looks_for
-                  if not pattern.endswith("/") and "*" not in str(PurePosixPath(pattern).parent) and path.match(pattern)]
+        plain = [PurePosixPath(p) for p in reader.looks_for if not p.endswith("/") and "*" not in p.rpartition("/")[0]]
+        depths = [len(pattern.parts) for pattern in plain if path.match(str(pattern))]
         return path.parents[max(depths) - 1] if depths else path, [path] if depths else []
     for pattern in reader.looks_for:
         kind = Path.is_dir if pattern.endswith("/") else Path.is_file
@@ -288,16 +289,19 @@ def find_source(
     found = {name: _found(path, reader) for name, reader in READERS.items()}
     found = {name: where for name, where in found.items() if where[1]}
     if not found:
-        known = "\n".join(f"  {name}: {' or '.join(reader.looks_for)} ({reader.holds})" for name, reader in READERS.items())
-        what = f"no captions in {path}" if path.is_dir() else f"{path} is no captions file" if path.exists() else f"there is no {path}"
-        raise FileNotFoundError(f"{what}: expected the files of one of these formats\n{known}\nput them there, or pass another data_root")
+        known = "\n".join(f"  {name}: {reader.named} ({reader.holds})" for name, reader in READERS.items())
+        what = (f"no captions in {path}" if path.is_dir() else
+                f"{path} is no captions file" if path.exists() else f"there is no {path}")
+        raise FileNotFoundError(f"{what}: expected the files of one of these formats\n{known}\n"
+                                "put them there, or pass another data_root")
     if len(found) > 1:
         several = "\n".join(f"  {name}: {files[0].relative_to(path)}" for name, (_, files) in found.items())
-        raise ValueError(f"{path} holds captions in {len(found)} formats:\n{several}\nname the one you mean: data_root=FILE")
+        raise ValueError(f"{path} holds captions in {len(found)} formats:\n{several}\n"
+                         "name the one you mean: data_root=FILE")
     (name, (root, files)), left_out = found.popitem(), Counter()
     return Source(name, root, files, *READERS[name].read(root, files, left_out), left_out)
 
-# %% ../nbs/00c_readers.ipynb #6182717b
+# %% ../nbs/00c_readers.ipynb #f69cba30
 def read_table(
     source: Source,  # from `find_source`
 ) -> pd.DataFrame:  # columns `image`, `caption`, `split` (None where the data set gives it none), a row a caption
@@ -307,15 +311,21 @@ def read_table(
 
     def collapsed():
         for image, caption, split in source.rows():
+            if not isinstance(image, str) or not image:
+                raise ValueError(f"{source.root}, {source}: a photo is called {image!r}; its name must be text")
             if not isinstance(caption, (str, type(None))):
-                raise ValueError(f"{source.root}, {source}: a caption of {image} is a {type(caption).__name__}, {str(caption)[:40]!r}; it must be text")
+                raise ValueError(f"{source.root}, {source}: a caption of {image} is a {type(caption).__name__}, "
+                                 f"{str(caption)[:40]!r}; it must be text")
             yield image, " ".join((caption or "").split()), split
 
     table = pd.DataFrame(collapsed(), columns=["image", "caption", "split"], dtype=object)
     images, table = table.image.unique(), table[table.caption != ""].reset_index(drop=True)
     outside = [name for name in images if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
-    if outside: raise ValueError(f"{source.root}, {source}: {outside[0]!r} is outside of the data set's folder; name photos relative to it")
-    if table.empty: raise ValueError(f"{source.root}, {source} holds no captions: expected {READERS[source.format].holds}")
+    if outside:
+        raise ValueError(f"{source.root}, {source}: {outside[0]!r} is outside of the data set's folder; "
+                         "name photos relative to it")
+    if table.empty:
+        raise ValueError(f"{source.root}, {source} holds no captions: expected {READERS[source.format].holds}")
     blank = len(images) - table.image.nunique()
     if blank: source.left_out["images without a caption"] = blank
     return table
@@ -333,10 +343,10 @@ def check_official(
     parts = table.dropna(subset=["split"]).groupby("image").split.unique()
     twice = parts[parts.str.len() > 1]
     if len(twice):
-        raise ValueError(f"{source.root}, {source}: {len(twice)} images stand in several splits, such as {twice.index[0]} in "
-                         f"{' and '.join(twice.iloc[0])}; keep each in one, or use split='random'")
+        raise ValueError(f"{source.root}, {source}: {len(twice)} images stand in several splits, such as {twice.index[0]} "
+                         f"in {' and '.join(twice.iloc[0])}; keep each in one, or use split='random'")
 
-# %% ../nbs/00c_readers.ipynb #53807092
+# %% ../nbs/00c_readers.ipynb #72fe71d9
 def read_flickr8k(
     root: Path,  # the data set's folder
     files: list[Path],  # the captions file
@@ -354,20 +364,23 @@ def read_flickr8k(
 
 READERS["Flickr8k"] = Reader(
     ("Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt", "captions.txt", "Flickr8k_text/captions.txt"),
+    "Flickr8k.token.txt or captions.txt, in it or in Flickr8k_text/",
     "photo.jpg#0<TAB>caption, or a CSV with the header image,caption",
     "it is read from " + ", ".join(SPLITS.values()) + "; put them beside the captions", read_flickr8k)
 
-# %% ../nbs/00c_readers.ipynb #02be5985
+# %% ../nbs/00c_readers.ipynb #cc8c4ee8
 def _bar_rows(path):
     "Rows (image, caption, None) of results.csv."
     lines = read_lines(path)
     header = [cell.strip() for cell in next(lines, (1, ""))[1].split("|")]
     if header != ["image_name", "comment_number", "comment"]:
-        raise ValueError(f"{path}, line 1: expected the header 'image_name| comment_number| comment', found {'|'.join(header)[:60]!r}")
+        raise ValueError(f"{path}, line 1: expected the header 'image_name| comment_number| comment', "
+                         f"found {'|'.join(header)[:60]!r}")
     for number, line in lines:
         row = re.fullmatch(r"([^|]+)\|\s*\d+\s*(?:\||\s)(.*)", line)  # a bar or, in one row, spaces alone
         if not row:
-            raise ValueError(f"{path}, line {number}: expected 'photo.jpg| 0| caption', found {line[:60]!r}; correct or remove the line")
+            raise ValueError(f"{path}, line {number}: expected 'photo.jpg| 0| caption', found {line[:60]!r}; "
+                             "correct or remove the line")
         yield row[1].strip(), row[2], None
 
 
@@ -376,11 +389,15 @@ def _annotation_rows(path):
     rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
     absent = {"raw", "split", "filename"} - set(rows.fieldnames or ())
     if absent:
-        raise ValueError(f"{path}, line 1: the columns {sorted(absent)} are missing from the header {','.join(rows.fieldnames or [])[:60]!r}")
+        raise ValueError(f"{path}, line 1: the columns {sorted(absent)} are missing from the header "
+                         f"{','.join(rows.fieldnames or [])[:60]!r}")
     for row in rows:
-        try: captions = json.loads(row["raw"])
+        try:
+            captions = json.loads(row["raw"])
+            if not isinstance(captions, list): raise TypeError(f"it is a {type(captions).__name__}")
         except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path}, line {rows.line_num}: the column raw is not a JSON list of captions ({error})") from None
+            raise ValueError(f"{path}, line {rows.line_num}: the column raw is not a JSON list of captions "
+                             f"({error})") from None
         for caption in captions or [""]: yield row["filename"], caption, split_of(row["split"])
 
 
@@ -400,10 +417,12 @@ def read_flickr30k(
 
 READERS["Flickr30k"] = Reader(
     ("flickr_annotations_30k.csv", "results.csv", "flickr30k_images/results.csv", "results_20130124.token"),
+    "flickr_annotations_30k.csv, results.csv or results_20130124.token",
     "a CSV with the columns raw, split and filename; photo.jpg| 0| caption; or photo.jpg#0<TAB>caption",
-    "results.csv and results_20130124.token have no splits; use flickr_annotations_30k.csv or dataset_flickr30k.json", read_flickr30k)
+    "results.csv and results_20130124.token have no splits; use flickr_annotations_30k.csv or dataset_flickr30k.json",
+    read_flickr30k)
 
-# %% ../nbs/00c_readers.ipynb #7976b9d1
+# %% ../nbs/00c_readers.ipynb #eab08e7a
 def _entries(path, data, key, needs, holds):
     "The entries of a list in a JSON object, each with the keys that it needs."
     if not isinstance(data, dict) or not isinstance(data.get(key), list):
@@ -411,13 +430,15 @@ def _entries(path, data, key, needs, holds):
         raise ValueError(f"{path}: expected {holds}; found {found}")
     for number, entry in enumerate(data[key]):
         absent = [name for name in needs if name not in entry] if isinstance(entry, dict) else needs
-        if absent: raise ValueError(f"{path}: {key}[{number}] has no {' and no '.join(map(repr, absent))}; expected {holds}")
+        if absent:
+            raise ValueError(f"{path}: {key}[{number}] has no {' and no '.join(map(repr, absent))}; expected {holds}")
         yield entry
 
 
 def _one(files, why):
     "The only file, or a `ValueError`."
-    if len(files) > 1: raise ValueError(f"{files[0].parent} holds {', '.join(f.name for f in files)}: {why}; name one: data_root=FILE")
+    if len(files) > 1:
+        raise ValueError(f"{files[0].parent} holds {', '.join(f.name for f in files)}: {why}; name one: data_root=FILE")
     return files[0]
 
 
@@ -431,7 +452,9 @@ def read_karpathy(
 
     def rows():
         for image in _entries(file, read_json(file, holds), "images", ("filename", "split", "sentences"), holds):
-            captions = [s["raw"] if "raw" in s else " ".join(s["tokens"]) for s in image["sentences"]]
+            try: captions = [s["raw"] if "raw" in s else " ".join(s["tokens"]) for s in image["sentences"]]
+            except (KeyError, TypeError):
+                raise ValueError(f"{file}: a sentence of {image['filename']} has neither raw nor tokens; expected {holds}") from None
             for caption in captions or [""]: yield image["filename"], caption, split_of(image["split"])
 
     folders = ("train2014", "val2014", "images/train2014", "images/val2014", *_FLICKR_PHOTOS, "images", ".")
@@ -440,11 +463,13 @@ def read_karpathy(
 
 
 READERS["Karpathy's split"] = Reader(
-    ("dataset_[!di]*.json", "annotations/dataset_[!di]*.json", "karpathy/dataset_[!di]*.json"),  # not datasets' dataset_dict, dataset_info
+    # none of the dataset_dict.json and dataset_info.json that Hugging Face's datasets writes
+    ("dataset_[!di]*.json", "annotations/dataset_[!di]*.json", "karpathy/dataset_[!di]*.json"),
+    "dataset_coco.json, dataset_flickr8k.json or another dataset_….json, in it, in annotations/ or in karpathy/",
     "JSON with images, each with filename, split and sentences[].raw",
     "each image names its own; this file is not whole", read_karpathy)
 
-# %% ../nbs/00c_readers.ipynb #057fc059
+# %% ../nbs/00c_readers.ipynb #def43e56
 def read_coco(
     root: Path,  # the data set's folder
     files: list[Path],  # captions_train2014.json …
@@ -458,14 +483,17 @@ def read_coco(
     def rows():
         for file in files:
             data, part = read_json(file, holds), split_of(file.stem)
-            names = {image["id"]: image["file_name"] for image in _entries(file, data, "images", ("id", "file_name"), holds)}
+            names = {image["id"]: image["file_name"]
+                     for image in _entries(file, data, "images", ("id", "file_name"), holds)}
             repeated = [name for name, count in Counter(names.values()).items() if count > 1]
-            if repeated: raise ValueError(f"{file}: {repeated[0]} is the file_name of several images; give each its own")
+            if repeated:
+                raise ValueError(f"{file}: {repeated[0]} is the file_name of several images; give each its own")
             for number, entry in enumerate(_entries(file, data, "annotations", ("image_id", "caption"), holds)):
                 if entry["image_id"] not in names:
-                    raise ValueError(f"{file}: annotations[{number}] is of image {entry['image_id']!r}, which is not in images; this file is not whole")
+                    raise ValueError(f"{file}: annotations[{number}] is of image {entry['image_id']!r}, which is not in "
+                                     "images; this file is not whole")
                 yield names[entry["image_id"]], entry["caption"], part
-            for bare in names.keys() - {entry["image_id"] for entry in data["annotations"]}: yield names[bare], "", part
+            for bare in sorted(names.keys() - {entry["image_id"] for entry in data["annotations"]}): yield names[bare], "", part
 
     folders = [f"{part}{year}" for part in ("train", "val", "test") for year in sorted(years)]
     return rows, Folders(root, *folders, *(f"images/{name}" for name in folders), "images", "Images", ".")
@@ -473,10 +501,11 @@ def read_coco(
 
 READERS["COCO"] = Reader(
     ("annotations/captions_*.json", "captions_*.json"),
+    "captions_train2014.json or another captions_….json, in it or in annotations/",
     "JSON with images, each with id and file_name, and annotations, each with image_id and caption",
     "COCO publishes no captions of its test images; use Karpathy's dataset_coco.json", read_coco)
 
-# %% ../nbs/00c_readers.ipynb #0e1436d5
+# %% ../nbs/00c_readers.ipynb #37a23994
 _URL = re.compile(r"(?:https?|ftp)://\S+", re.IGNORECASE)
 _URL_COLUMNS, _TEXT_COLUMNS = ("url", "image_url", "img_url"), ("caption", "captions", "text", "title", "alt_text")
 
@@ -492,17 +521,19 @@ def read_url_captions(
             names, width = [cell.lower() for cell in cells], len(cells)
             header = not any(_URL.fullmatch(cell) for cell in cells)
             urls = [i for i, c in enumerate(cells) if (names[i] in _URL_COLUMNS if header else _URL.fullmatch(c))]
-            texts = [names.index(n) for n in _TEXT_COLUMNS if n in names] if header else [i for i in range(width) if i not in urls]
+            texts = ([names.index(n) for n in _TEXT_COLUMNS if n in names] if header else
+                     [i for i in range(width) if i not in urls])
             if len(urls) != 1 or not texts or (not header and width != 2):
-                raise ValueError(f"{path}, line {number}: expected a URL and a caption with a tab between them, or a header with one of "
-                                 f"{_URL_COLUMNS} and one of {_TEXT_COLUMNS}; found {line[:80]!r}")
+                raise ValueError(f"{path}, line {number}: expected a URL and a caption with a tab between them, or a "
+                                 f"header with one of {_URL_COLUMNS} and one of {_TEXT_COLUMNS}; found {line[:80]!r}")
             url, text = urls[0], texts[0]
             if header: continue
         if len(cells) != width or not _URL.fullmatch(cells[url]):
-            raise ValueError(f"{path}, line {number}: expected {width} columns with a URL in column {url + 1}, found {line[:80]!r}; correct or remove the line")
+            raise ValueError(f"{path}, line {number}: expected {width} columns with a URL in column {url + 1}, found "
+                             f"{line[:80]!r}; correct or remove the line")
         yield cells[url], cells[text]
 
-# %% ../nbs/00c_readers.ipynb #507f3a77
+# %% ../nbs/00c_readers.ipynb #8e2f91e0
 _PHOTO_TYPES = ("jpg", "jpeg", "png", "webp", "gif")
 
 
@@ -520,13 +551,15 @@ def _tar_members(path, texts=True):
             archive.fileobj.seek(archive.offset)  # tarfile takes a cut between two members for the end
             if archive.fileobj.read(512) != bytes(512): raise tarfile.ReadError("it breaks off")
     except tarfile.ReadError as error:
-        raise ValueError(f"{path} is not a whole, uncompressed tar archive ({error}); delete it and have it made again") from None
+        raise ValueError(f"{path} is not a whole, uncompressed tar archive ({error}); "
+                         "delete it and have it made again") from None
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)
 def _tar_index(path, stamp):
-    "Where each member of a tar archive starts, and its bytes; read anew when the archive has changed."
-    return {name: (member.offset_data, member.size) for name, member, _ in _tar_members(path, texts=False)}
+    "Where each photo of a tar archive starts, and its bytes; read anew when the archive has changed."
+    return {name: (member.offset_data, member.size) for name, member, _ in _tar_members(path, texts=False)
+            if not _is_text(name)}
 
 
 class Tars:
@@ -560,7 +593,7 @@ class Tars:
         path, _ = self._archive(name)
         return file_stamp(path) if path else None
 
-# %% ../nbs/00c_readers.ipynb #e1cd2458
+# %% ../nbs/00c_readers.ipynb #1834620c
 def _members(shard):
     "Name of each file of a shard, and content of those that are text."
     if shard.is_dir():
@@ -581,16 +614,22 @@ def _samples(shard):
             metadata = json.loads(parts["json"][1]) if "json" in parts else {}
             if not isinstance(metadata, dict): raise ValueError("no object")
         except ValueError as error:  # not UTF-8, or not JSON
-            raise ValueError(f"{shard}: {name} has a damaged .txt or .json ({error}); have the shard made again") from None
+            raise ValueError(f"{shard}: {name} has a damaged .txt or .json ({error}); "
+                             "have the shard made again") from None
         yield name, photo, metadata.get("caption") if caption is None else caption, metadata
 
-# %% ../nbs/00c_readers.ipynb #0c7e8f76
+# %% ../nbs/00c_readers.ipynb #93877293
 def _captions_by_url(tables):
     "URL -> [(caption, split)], of tables of URLs."
     known = {}
     for table in tables:
         for url, caption in read_url_captions(table): known.setdefault(url, []).append((caption, split_of(table.stem)))
     return known
+
+
+def _shards(place, files=None):
+    "Those files of a folder that hold photos: tar archives, or folders."
+    return [f for f in files or _found(place, READERS["img2dataset"])[1] if f.is_dir() or f.suffix == ".tar"]
 
 
 def read_img2dataset(
@@ -600,11 +639,12 @@ def read_img2dataset(
 ) -> tuple[Callable, Folders | Tars]:  # yields (image, caption, split); the photos
     "Photos and captions that img2dataset fetched."
     table = files[0] if files[0].suffix == ".tsv" else None
-    shards = next((found for place in (root, root/files[0].stem) if (found := _found(place, READERS["img2dataset"])[1])
-                   and found[0].suffix not in (".tsv", ".parquet")), []) if table else files
-    if not shards or shards[0].suffix == ".parquet":
-        raise ValueError(f"{files[0]}: no photos beside it: expected shards such as 00000.tar or 00000/ in {root}; fetch them with img2dataset "
-                         f"--output_format webdataset --url_col url --caption_col caption --output_folder {root}")
+    places = (root, root/table.stem) if table else ()
+    shards = next((found for place in places if (found := _shards(place))), []) if table else _shards(root, files)
+    if not shards:
+        raise ValueError(f"{files[0]}: no photos beside it: expected shards such as 00000.tar or 00000/ in {root}; "
+                         "fetch them with img2dataset --output_format webdataset --url_col url --caption_col caption "
+                         f"--output_folder {root}")
 
     def rows():
         taken, by_url = {}, None  # (split, URL) -> image; URL -> captions
@@ -619,17 +659,19 @@ def read_img2dataset(
                 if caption is not None and not table:
                     for text in [caption] if isinstance(caption, str) else caption: yield first, text, part
                     continue
-                if by_url is None: by_url = _captions_by_url([table] if table else sorted(root.glob("*.tsv")))
+                if by_url is None:
+                    by_url = _captions_by_url([table] if table else sorted(root.glob("*.tsv")))
                 if url in by_url:
                     for text, of_table in by_url[url] if first == image else []: yield image, text, part or of_table
                 elif table: left_out["photos that the table lacks"] += 1
                 else:
-                    raise ValueError(f"{shard}: {key} has no caption: neither in a .txt beside it, nor in its .json, nor is its URL in a .tsv of "
-                                     f"{root}; run img2dataset with --caption_col, or put the table there")
+                    raise ValueError(f"{shard}: {key} has no caption: neither in a .txt beside it, nor in its .json, nor is "
+                                     f"its URL in a .tsv of {root}; run img2dataset with --caption_col, or put the table there")
             stats = shard.with_name(f"{place.name}_stats.json")
             if stats.is_file():
                 counts = read_json(stats, "img2dataset's counts")
-                if failed := counts.get("count", 0) - counts.get("successes", 0): left_out["photos that could not be fetched"] += failed
+                failed = counts.get("count", 0) - counts.get("successes", 0)
+                if failed: left_out["photos that could not be fetched"] += failed
 
     return rows, Folders(root) if shards[0].is_dir() else Tars(root)
 
@@ -637,10 +679,11 @@ def read_img2dataset(
 READERS["img2dataset"] = Reader(
     ("[0-9]*.tar", "*[-_][0-9]*.tar", "*/[0-9]*.tar", "*/*[-_][0-9]*.tar", "[0-9][0-9][0-9][0-9][0-9]/",
      "*/[0-9][0-9][0-9][0-9][0-9]/", "[0-9]*.parquet", "*.tsv"),
+    "00000.tar or 00000/ and so on, in it or in folders such as train/, or a .tsv beside them",
     "photos, each with a .txt or .json of its name, or a table of URLs and captions beside them",
     "shards have one where they lie in folders train, val and test", read_img2dataset)
 
-# %% ../nbs/00c_readers.ipynb #14033426
+# %% ../nbs/00c_readers.ipynb #4ae5a13b
 _CAPTION_COLUMNS = ("caption", "captions", "sentences", "text", "texts", "sentence", "description", "raw")
 _NAME_COLUMNS = ("filename", "file_name")
 
@@ -667,22 +710,29 @@ class ArrowPhotos:
         "The data set's parts. Raises `ImportError` without the package, `ValueError` for another folder."
         try: import datasets
         except ImportError:
-            raise ImportError(f"{self.root} was saved by Hugging Face's datasets, which is needed to read it: pip install clipcap[datasets]") from None
+            raise ImportError(f"{self.root} was saved by Hugging Face's datasets, which is needed to read it: "
+                              "pip install clipcap[datasets]") from None
         try: loaded = datasets.load_from_disk(str(self.root))
         except Exception as error:  # of many kinds
-            raise ValueError(f"{self.root} can't be loaded ({type(error).__name__}: {error}); expected what datasets' save_to_disk leaves") from None
+            raise ValueError(f"{self.root} can't be loaded ({type(error).__name__}: {error}); expected what "
+                             "datasets' save_to_disk leaves") from None
         parts = loaded if isinstance(loaded, datasets.DatasetDict) else {str(loaded.split or "all"): loaded}
-        columns = {part: [name for name, kind in data.features.items() if isinstance(kind, datasets.Image)] for part, data in parts.items()}
-        for part, found in columns.items():
+        self.column = {}
+        for part, data in parts.items():
+            found = [name for name, kind in data.features.items() if isinstance(kind, datasets.Image)]
             if len(found) != 1 and "image" not in found:
-                raise ValueError(f"{self.root}: {part} has {len(found)} columns of type Image among {parts[part].column_names}; there must be one, or one "
-                                 "called image: cast_column('image', datasets.Image()), and save it again")
-        self.column = {part: "image" if "image" in found else found[0] for part, found in columns.items()}
-        return {part: data.cast_column(self.column[part], datasets.Image(decode=False)) for part, data in parts.items()}
+                raise ValueError(f"{self.root}: {part} has {len(found)} columns of type Image among {data.column_names}; there "
+                                 "must be one, or one called image: cast_column('image', datasets.Image()), and save it again")
+            self.column[part] = "image" if "image" in found else found[0]
+        bare = datasets.Image(decode=False)
+        return {part: data.cast_column(self.column[part], bare) for part, data in parts.items()}
+
+    @cached_property
+    def _columns(self): return {part: data.select_columns([self.column[part]]) for part, data in self.parts.items()}
 
     def _cell(self, part, row):
         "A photo's bytes and path, either of which may be None."
-        cell = self.parts[part].select_columns([self.column[part]])[row][self.column[part]] or {}
+        cell = self._columns[part][row][self.column[part]] or {}
         return cell.get("bytes"), cell.get("path")
 
     def _digest(self, part, row):
@@ -697,23 +747,32 @@ class ArrowPhotos:
         names = {}
         for part, data in self.parts.items():
             column = next((name for name in _NAME_COLUMNS if name in data.column_names), None)
-            paths = data[column] if column else [p for chunk in data.data.column(self.column[part]).chunks for p in chunk.field("path").to_pylist()]
+            photos = data.data.column(self.column[part]).chunks  # Arrow's own: without a look at the bytes
+            paths = data[column] if column else [path for chunk in photos for path in chunk.field("path").to_pylist()]
             names[part] = [Path(path).name if path else None for path in paths]
         return names
 
     @cached_property
     def _row_of(self):
         "The first row with each file name."
-        return {name: (part, row) for part, names in reversed(self._file_names.items()) for row, name in reversed([*enumerate(names)])}
+        first = {}
+        for part, names in self._file_names.items():
+            for row, name in enumerate(names): first.setdefault(name, (part, row))
+        return first
 
     def names(self) -> dict[str, list[str]]:  # part -> the photo's name in each row
         "Names of photos: file names where they do, else the first row with the same bytes."
-        rows = [(part, row, name) for part, names in self._file_names.items() for row, name in enumerate(names)]
-        if all(name and (self._row_of[name] == (part, row) or self._digest(*self._row_of[name]) == self._digest(part, row)) for part, row, name in rows):
+        def agree(where, name):  # with the first row that has this name
+            first = self._row_of[name]
+            return first == where or self._digest(*first) == self._digest(*where)
+
+        if all(name and agree((part, row), name) for part, names in self._file_names.items() for row, name in enumerate(names)):
             return self._file_names
-        first = {}
-        return {part: [first.setdefault(self._digest(part, row), f"{part}/{row:08d}") for row in tqdm(range(len(names)), f"naming photos of {part}")]
-                for part, names in self._file_names.items()}
+        first, named = {}, {}
+        for part, data in self.parts.items():
+            rows = tqdm(range(len(data)), f"naming photos of {part}", unit="photo")
+            named[part] = [first.setdefault(self._digest(part, row), f"{part}/{row:08d}") for row in rows]
+        return named
 
     def open(self, name: str) -> Path | BinaryIO:
         "The bytes of a photo, or its file where the Arrow file only names one."
@@ -731,14 +790,14 @@ class ArrowPhotos:
         "Sizes and times of all Arrow files."
         return hashlib.sha256(self._stamp.encode()).hexdigest()[:16]
 
-# %% ../nbs/00c_readers.ipynb #864f7260
+# %% ../nbs/00c_readers.ipynb #22b5cc8d
 def _caption_columns(root, part, names):
     "The columns that hold captions."
     single = next(([name] for name in _CAPTION_COLUMNS if name in names), None)
     several = [name for name in names if re.fullmatch(r"(?:caption|sentence|text|raw)s?_?\d+", name)]
     if not single and not several:
-        raise ValueError(f"{root}: {part} has no column of captions among {names}: expected one of {_CAPTION_COLUMNS}, or caption_0, caption_1 …; "
-                         "rename_column(NAME, 'caption'), and save it again")
+        raise ValueError(f"{root}: {part} has no column of captions among {names}: expected one of {_CAPTION_COLUMNS}, "
+                         "or caption_0, caption_1 …; rename_column(NAME, 'caption'), and save it again")
     return single or several
 
 
@@ -763,5 +822,6 @@ def read_saved_dataset(
 
 
 READERS["Hugging Face datasets"] = Reader(
-    ("dataset_dict.json", "state.json"), "what datasets' save_to_disk leaves: Arrow files with a column of photos and one of captions",
+    ("dataset_dict.json", "state.json"), "dataset_dict.json or state.json",
+    "what datasets' save_to_disk leaves; load_dataset(FOLDER).save_to_disk(NEW) makes it of parquet files or photos",
     "save a DatasetDict with train, validation and test, or give each row one in a column split", read_saved_dataset)
