@@ -108,7 +108,7 @@ def hash_file(
 class Config:
     "Every hyperparameter of a run. The defaults are the original recipe (preset `flickr8k`)."
     # what is read (01_data)
-    data_root: str = "data/flickr8k"  # folder in Flickr8k's layout, or "mini"
+    data_root: str = "data/flickr8k"  # folder or captions file in a format of `00c_readers`, or "mini"
     split: str = "random"  # "random": 80/10/10 by image; "official": the lists in the folder
     on_bad_image: str = "stop"  # "stop" names unreadable photos; "skip" goes on without them
     clip_model: str = "ViT-B/32"  # name that `clip.load` knows, local file, or "mini"

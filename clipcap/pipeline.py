@@ -17,6 +17,7 @@ from fastcore.script import Param, call_parse
 
 from .core import (STAGE_FIELDS, Config, Run, asset_path, atomic_path, check_preset,
                           make_config, outputs_dir, parse_changes, project_root, resolve_path, stage_config)
+from .readers import find_source
 
 # %% ../nbs/11_pipeline.ipynb #054ecdcb
 def _hash(*parts) -> str:
@@ -45,7 +46,9 @@ def depends_on(
         exported = [Path(__file__).with_name(f"{module[1]}.py"),
                     *sorted(asset_path(".").glob(f"{module[1]}.*"))] if module else []
         code.append([source, *(path.read_text("utf-8") for path in exported)])
-    named = (config.data_root, config.embeddings, config.clip_model, config.gpt2_model)
+    root = config.data_root
+    if resolve_path(root).is_file(): root = str(find_source(root).root)  # its photos count, too
+    named = (root, config.embeddings, config.clip_model, config.gpt2_model)
     inputs = [_listing(asset_path("mini") if name == "mini" else resolve_path(name))
               for name in named if name]
     if stage >= "04_evaluate": inputs += [_listing(outputs_dir()/name/"checkpoints") for name in config.members.split()]
