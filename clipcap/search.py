@@ -6,9 +6,10 @@
 __all__ = ['GROUND', 'parse_space', 'check_space', 'suggest', 'validation_mark', 'train_and_mark', 'run_trial', 'open_storage',
            'counted_trials', 'open_study', 'search', 'trials_table', 'write_table', 'plot_search', 'main']
 
-# %% ../nbs/08c_search.ipynb #06b3c705
+# %% ../nbs/08c_search.ipynb #bcde46cc
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from .core import Config, Run, atomic_path, make_config, outputs_dir, project_root, resolve_path, save_figure
 
-# %% ../nbs/08c_search.ipynb #623d46eb
+# %% ../nbs/08c_search.ipynb #bb83fa20
 def parse_space(
     words: list[str],  # such as "num_layers=1,2,4", "dropout=0..0.3", "learning_rate=1e-5..1e-3:log", "epochs=5"
 ) -> tuple[dict, dict]:  # the space; what is the same for all trials
@@ -40,15 +41,13 @@ def parse_space(
     for word in words:
         field, equals, text = word.partition("=")
         if not equals: raise ValueError(f"{word!r} is not of the form field=value, field=value,value or field=low..high")
-        ends, _, scale = text.partition(":") if ".." in text and not text.startswith("..") else (text, "", "")
-        if ends != text or ".." in text and not text.startswith(".."):
-            low, _, high = ends.partition("..")
-            space[field] = (number(low), number(high), *([scale] if scale else []))
+        ends = re.fullmatch(r"([-+.\deE]+)\.\.([-+.\deE]+)(?::(\w+))?", text)
+        if ends: space[field] = (number(ends[1]), number(ends[2]), *filter(None, [ends[3]]))
         elif "," in text: space[field] = [number(part) for part in text.split(",")]
         else: base[field] = number(text)
     return space, base
 
-# %% ../nbs/08c_search.ipynb #8413918e
+# %% ../nbs/08c_search.ipynb #53550255
 GROUND = ("data_root", "split", "on_bad_image", "seed", "best_by")  # what is judged on, and by
 
 
@@ -82,7 +81,7 @@ def suggest(
             else (trial.suggest_int if field in whole else trial.suggest_float)(field, *values[:2], log=values[2:] == ("log",))
             for field, values in space.items()}
 
-# %% ../nbs/08c_search.ipynb #480d37a8
+# %% ../nbs/08c_search.ipynb #e157f4a2
 def validation_mark(
     run: Run,  # trained
     config: Config,  # of the run
@@ -121,7 +120,7 @@ def train_and_mark(
         with run.stage("03c_scst", config, needs=["01_data", "03_train"]): scst_run(run, config)
     return validation_mark(run, config, metric)
 
-# %% ../nbs/08c_search.ipynb #434441cd
+# %% ../nbs/08c_search.ipynb #ea5f95d5
 _TRIAL = ("import json, os, sys, threading\n"
           "threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()  # the worker is gone\n"
           "from clipcap.core import Run, write_json\n"
@@ -161,7 +160,7 @@ def run_trial(
     if process.returncode: raise RuntimeError(f"run {name!r} failed, see {log.name}: {log.read_text('utf-8', 'replace').strip()[-300:]}")
     return json.loads((folder/"mark.json").read_text())
 
-# %% ../nbs/08c_search.ipynb #b6add110
+# %% ../nbs/08c_search.ipynb #d2868363
 def _optuna():
     "The package. Raises `ImportError` with the fix where it is missing."
     try: import optuna
@@ -225,7 +224,9 @@ def _journal(path, heartbeat, grace, again):
         def get_heartbeat_stale_trial_callback(self): return again
 
         def _get_stale_trial_ids(self, study_id):
-            now = touched(f"now-{socket.gethostname()}-{os.getpid()}")
+            clock = f"now-{socket.gethostname()}-{os.getpid()}"
+            now = touched(clock)
+            (folder/clock).unlink()
             running = [t._trial_id for t in self.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))]
             return [k for k in running if now - (heard(str(k)) or touched(str(k))) > grace]
 
@@ -236,7 +237,7 @@ def _journal(path, heartbeat, grace, again):
 
     return LivingJournal(JournalFileBackend(str(path)))
 
-# %% ../nbs/08c_search.ipynb #59c9f0c8
+# %% ../nbs/08c_search.ipynb #da0ca587
 def counted_trials(
     study,  # `optuna.Study`
 ) -> list:  # of `optuna.trial.FrozenTrial`, by number
@@ -272,7 +273,7 @@ def _sampler(seed):
         def before_trial(self, study, trial): TPESampler.__init__(self, seed=zlib.crc32(f"{seed} {trial.number}".encode()))
     return SeededByTrial()
 
-# %% ../nbs/08c_search.ipynb #614be67f
+# %% ../nbs/08c_search.ipynb #cedf6d39
 def search(
     space: dict,  # field -> list of choices, or (low, high), or (low, high, "log")
     storage: str | Path,  # a path ending in .journal or .log, or the address of a database
@@ -288,7 +289,7 @@ def search(
 ) -> pd.DataFrame:  # from `trials_table`
     """Be one worker of a study: take trials until it has `trials` of them and all are done.
 
-    Raises `ValueError` or `TypeError` for a space that can't be or a study of another space, `RuntimeError` after three errors in a row."""
+    Ctrl-C puts the trial back. Raises `ValueError` or `TypeError` for a space that can't be or a study of another space, `RuntimeError` after three errors in a row."""
     base, optuna = base or {}, _optuna()
     check_space(space, preset, base)
     if metric not in ("cider", "loss"): raise ValueError(f"metric={metric!r} is unknown; choose 'cider' or 'loss'")
@@ -362,7 +363,7 @@ def _twin(found, preset, base, settings):
         if t.state.name == "COMPLETE" and "run" in t.user_attrs and training_key(preset, {**base, **t.params}) == training_key(preset, settings):
             return t.user_attrs["run"]
 
-# %% ../nbs/08c_search.ipynb #9c42431f
+# %% ../nbs/08c_search.ipynb #eac39844
 def trials_table(
     study,  # `optuna.Study`
 ) -> pd.DataFrame:  # a row a trial: `state`, `value`, the fields, `run`, `same_as`, `worker`, `seconds`, `error`; best first
@@ -370,7 +371,8 @@ def trials_table(
     trials = counted_trials(study)
     fields = list(dict.fromkeys(field for t in trials for field in t.params))
     rows = [{"number": t.number, "state": t.state.name.lower(), "value": t.value, **{f: t.params.get(f) for f in fields},
-             **{name: t.user_attrs.get(name) for name in ("run", "same_as", "worker", "error")},
+             **{name: t.user_attrs.get(name) for name in ("run", "same_as", "worker")},
+             "error": t.user_attrs.get("error", "its workers died" if t.state.name == "FAIL" else None),
              "seconds": t.duration.total_seconds() if t.duration else None} for t in trials]
     table = pd.DataFrame(rows, columns=["number", "state", "value", *fields, "run", "same_as", "worker", "seconds", "error"])
     table["same_as"] = table.same_as.astype("Int64")
@@ -384,7 +386,7 @@ def write_table(
     "Write the trials of a study, atomically."
     with atomic_path(path) as temporary: trials_table(study).to_csv(temporary)
 
-# %% ../nbs/08c_search.ipynb #d545e04b
+# %% ../nbs/08c_search.ipynb #a2b8a4e2
 def plot_search(
     study,  # `optuna.Study`
 ):  # matplotlib figure
@@ -407,7 +409,7 @@ def plot_search(
     for ax in (left, right): ax.spines[["top", "right"]].set_visible(False)
     return figure
 
-# %% ../nbs/08c_search.ipynb #00758079
+# %% ../nbs/08c_search.ipynb #0b4300b4
 def _worker_command(change, **options):
     "The command line of one worker."
     return [sys.executable, "-m", "clipcap.search", *change, *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
