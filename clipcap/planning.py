@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FULL', 'NETWORK', 'GPT2', 'LABEL', 'decoding_speed', 'bytes_kept', 'Measured', 'read_measured', 'Assumed', 'Recipe',
-           'machines', 'encode_hours', 'gradient_bytes', 'memory_needed', 'train_hours', 'together', 'disk_needed',
-           'plan_row', 'plan', 'plot_plan']
+           'machines', 'encode_hours', 'gradient_bytes', 'memory_needed', 'train_hours', 'together', 'slowest',
+           'disk_needed', 'plan_row', 'plan', 'plot_plan']
 
-# %% ../nbs/07b_planning.ipynb #c90b56b6
+# %% ../nbs/07b_planning.ipynb #03517ae2
 import json
 import time
 from collections.abc import Callable
@@ -19,7 +19,7 @@ import pandas as pd
 from .benchmark import Sizes, step_flops
 from .core import environment, resolve_path, write_json
 
-# %% ../nbs/07b_planning.ipynb #c7a90d99
+# %% ../nbs/07b_planning.ipynb #ecd2e690
 def decoding_speed(
     paths: list[Path],  # photos
     preprocess: Callable,  # CLIP's own: photo -> (3, H, W)
@@ -53,7 +53,7 @@ def bytes_kept(
         return tracemalloc.get_traced_memory()[0] if kept is not None else 0
     finally: tracemalloc.stop()
 
-# %% ../nbs/07b_planning.ipynb #19fca065
+# %% ../nbs/07b_planning.ipynb #cb26a1dc
 FULL = Sizes(32, 49, 768, 12, 512, 768, 12, 50259, 10, 8, 2048)  # ViT-B/32, GPT-2, the original's mapping network
 NETWORK, GPT2 = 63_424_768, 124_441_344  # parameters
 
@@ -94,7 +94,7 @@ def read_measured(
         sizes["checkpoint_mb"]*1e6, sizes["last_mb"]*1e6, step["limit_gflops"]*1e9, step["share_of_limit"],
         step["data"]["photos_embedded_per_second"]["median"], step["captions_per_second"])
 
-# %% ../nbs/07b_planning.ipynb #ce0d8664
+# %% ../nbs/07b_planning.ipynb #5e6ca855
 @dataclass(frozen=True)
 class Assumed:
     "A machine that was not measured: an assumption, to be changed."
@@ -122,7 +122,7 @@ class Recipe:
     number_bytes: int = 4  # of a number: 4 in float32, 2 in float16
     kept: int = 2  # checkpoints
 
-# %% ../nbs/07b_planning.ipynb #bd829f8f
+# %% ../nbs/07b_planning.ipynb #ae5bd30c
 def machines(
     gpus: int,  # how many
     assumed: Assumed,  # the machine
@@ -144,7 +144,7 @@ def encode_hours(
                "reading photos": photos*measured.photo_bytes/min(assumed.disk_read, network)}
     return {part: value/3600 for part, value in seconds.items()}
 
-# %% ../nbs/07b_planning.ipynb #cffcf7cb
+# %% ../nbs/07b_planning.ipynb #4e724d73
 def gradient_bytes(
     nodes: int,  # GPUs or machines in the ring
     trained: int,  # parameters with a gradient, float32
@@ -196,7 +196,17 @@ def together(
     "What the parts take together: batches and GPU take turns, all else goes on meanwhile."
     return max([*parts.values(), parts["GPU"] + parts.get("making batches", 0)])
 
-# %% ../nbs/07b_planning.ipynb #d0ee26db
+
+def slowest(
+    parts: dict[str, float],  # from `encode_hours` or `train_hours`
+) -> str:  # one of them
+    "The part that more of would help most: the largest of those that set the pace."
+    turns = {part: parts[part] for part in ("GPU", "making batches") if part in parts}
+    others = {part: hours for part, hours in parts.items() if part not in turns}
+    pace = turns if sum(turns.values()) >= max(others.values()) else others
+    return max(pace, key=pace.get)
+
+# %% ../nbs/07b_planning.ipynb #eee4dfc3
 LABEL = "arithmetic, not measured"
 
 
@@ -224,9 +234,8 @@ def plan_row(
     many, here = machines(gpus, assumed), min(gpus, assumed.gpus_a_machine)
     hours = {"encoding": together(encode), "training": together(train)}
     steps_a_second = photos*recipe.captions_a_photo*recipe.epochs/(recipe.batch*gpus)/(hours["training"]*3600)
-    slowest = max(hours, key=hours.get)
-    part = {"encoding": encode, "training": train}[slowest]
-    binds = f"{slowest}: {max(part, key=part.get)}"
+    longer = max(hours, key=hours.get)
+    binds = f"{longer}: {slowest({'encoding': encode, 'training': train}[longer])}"
     if disk > assumed.disk: binds = "disk: too small"
     if memory["processes"] > here*assumed.memory_a_gpu: binds = "memory: captions don't fit"
     return {"encoding, hours": hours["encoding"], "training, hours": hours["training"],
@@ -248,7 +257,7 @@ def plan(
     table = pd.DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=["photos", "GPUs"]))
     return pd.concat({LABEL: table}, axis=1)
 
-# %% ../nbs/07b_planning.ipynb #89dc88b5
+# %% ../nbs/07b_planning.ipynb #117e38e0
 def plot_plan(
     measured: Measured,  # figures
     assumed: Assumed = Assumed(),  # the machine

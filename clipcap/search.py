@@ -6,7 +6,7 @@
 __all__ = ['GROUND', 'parse_space', 'check_space', 'suggest', 'validation_mark', 'train_and_mark', 'run_trial', 'open_storage',
            'counted_trials', 'open_study', 'search', 'trials_table', 'write_table', 'plot_search', 'main']
 
-# %% ../nbs/08c_search.ipynb #bcde46cc
+# %% ../nbs/08c_search.ipynb #b80fdccd
 import json
 import os
 import re
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from .core import Config, Run, atomic_path, make_config, outputs_dir, project_root, resolve_path, save_figure
 
-# %% ../nbs/08c_search.ipynb #bb83fa20
+# %% ../nbs/08c_search.ipynb #aa18816f
 def parse_space(
     words: list[str],  # such as "num_layers=1,2,4", "dropout=0..0.3", "learning_rate=1e-5..1e-3:log", "epochs=5"
 ) -> tuple[dict, dict]:  # the space; what is the same for all trials
@@ -47,7 +47,7 @@ def parse_space(
         else: base[field] = number(text)
     return space, base
 
-# %% ../nbs/08c_search.ipynb #53550255
+# %% ../nbs/08c_search.ipynb #022ab709
 GROUND = ("data_root", "split", "on_bad_image", "seed", "best_by")  # what is judged on, and by
 
 
@@ -81,7 +81,7 @@ def suggest(
             else (trial.suggest_int if field in whole else trial.suggest_float)(field, *values[:2], log=values[2:] == ("log",))
             for field, values in space.items()}
 
-# %% ../nbs/08c_search.ipynb #e157f4a2
+# %% ../nbs/08c_search.ipynb #090fe1fa
 def validation_mark(
     run: Run,  # trained
     config: Config,  # of the run
@@ -120,7 +120,7 @@ def train_and_mark(
         with run.stage("03c_scst", config, needs=["01_data", "03_train"]): scst_run(run, config)
     return validation_mark(run, config, metric)
 
-# %% ../nbs/08c_search.ipynb #ea5f95d5
+# %% ../nbs/08c_search.ipynb #4557678e
 _TRIAL = ("import json, os, sys, threading\n"
           "threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()  # the worker is gone\n"
           "from clipcap.core import Run, write_json\n"
@@ -141,7 +141,7 @@ def run_trial(
     threads: int | None = None,  # of the process; None: as many as PyTorch likes
     wanted: Callable = lambda: True,  # asked now and then: is this trial still ours?
 ) -> float:  # its mark
-    "A trial in a process of its own, whose words are in `<name>.log` beside the run. Raises `RuntimeError` with its last words where it fails."
+    "A trial in a process of its own; its words go to `<name>.log`. Raises `RuntimeError` with the last of them where it fails, `KeyboardInterrupt` where it is stopped."
     folder, log = Run(name).path, outputs_dir()/f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "TQDM_DISABLE": "1", **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
@@ -157,15 +157,17 @@ def run_trial(
             process.kill()
             process.wait()
             process.stdin.close()
+    if process.returncode in (-signal.SIGINT, -signal.SIGTERM): raise KeyboardInterrupt(f"run {name!r} was stopped")  # as a cluster stops all of a job
     if process.returncode: raise RuntimeError(f"run {name!r} failed, see {log.name}: {log.read_text('utf-8', 'replace').strip()[-300:]}")
     return json.loads((folder/"mark.json").read_text())
 
-# %% ../nbs/08c_search.ipynb #d2868363
+# %% ../nbs/08c_search.ipynb #512aba8d
 def _optuna():
     "The package. Raises `ImportError` with the fix where it is missing."
     try: import optuna
     except ImportError: raise ImportError("a search needs optuna; install it: pip install 'clipcap[sweep]'") from None
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 
 
@@ -237,7 +239,7 @@ def _journal(path, heartbeat, grace, again):
 
     return LivingJournal(JournalFileBackend(str(path)))
 
-# %% ../nbs/08c_search.ipynb #da0ca587
+# %% ../nbs/08c_search.ipynb #9db88d48
 def counted_trials(
     study,  # `optuna.Study`
 ) -> list:  # of `optuna.trial.FrozenTrial`, by number
@@ -273,7 +275,7 @@ def _sampler(seed):
         def before_trial(self, study, trial): TPESampler.__init__(self, seed=zlib.crc32(f"{seed} {trial.number}".encode()))
     return SeededByTrial()
 
-# %% ../nbs/08c_search.ipynb #cedf6d39
+# %% ../nbs/08c_search.ipynb #bed75bfc
 def search(
     space: dict,  # field -> list of choices, or (low, high), or (low, high, "log")
     storage: str | Path,  # a path ending in .journal or .log, or the address of a database
@@ -296,7 +298,6 @@ def search(
     if trials < 1: raise ValueError(f"trials={trials} is too small; it must be at least 1")
     asked = {"space": space, "preset": preset, "base": base, "metric": metric}
     found = open_study(storage, study, asked, "minimize" if metric == "loss" else "maximize", **signs)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     found.sampler, pause = _sampler(seed), signs.get("heartbeat", 60)/12
     worker, mine, failures = f"{socket.gethostname()}:{os.getpid()}", None, 0
 
@@ -363,7 +364,7 @@ def _twin(found, preset, base, settings):
         if t.state.name == "COMPLETE" and "run" in t.user_attrs and training_key(preset, {**base, **t.params}) == training_key(preset, settings):
             return t.user_attrs["run"]
 
-# %% ../nbs/08c_search.ipynb #eac39844
+# %% ../nbs/08c_search.ipynb #cfb0b0d5
 def trials_table(
     study,  # `optuna.Study`
 ) -> pd.DataFrame:  # a row a trial: `state`, `value`, the fields, `run`, `same_as`, `worker`, `seconds`, `error`; best first
@@ -386,7 +387,7 @@ def write_table(
     "Write the trials of a study, atomically."
     with atomic_path(path) as temporary: trials_table(study).to_csv(temporary)
 
-# %% ../nbs/08c_search.ipynb #a2b8a4e2
+# %% ../nbs/08c_search.ipynb #e45ad332
 def plot_search(
     study,  # `optuna.Study`
 ):  # matplotlib figure
@@ -409,7 +410,7 @@ def plot_search(
     for ax in (left, right): ax.spines[["top", "right"]].set_visible(False)
     return figure
 
-# %% ../nbs/08c_search.ipynb #0b4300b4
+# %% ../nbs/08c_search.ipynb #6034e7e4
 def _worker_command(change, **options):
     "The command line of one worker."
     return [sys.executable, "-m", "clipcap.search", *change, *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
@@ -430,8 +431,10 @@ def main(
     grace: int = 300,  # Seconds of silence after which a worker is taken for dead
 ):
     "Search hyperparameters; start it again, here or elsewhere, for another worker (`python -m clipcap.search`)."
-    def stop(*_): raise KeyboardInterrupt
-    signal.signal(signal.SIGTERM, stop)
+    def stop(*_):
+        for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)  # once is enough
+        raise KeyboardInterrupt
+    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, stop)  # a script's background ignores Ctrl-C
     space, base = parse_space(change)
     check_space(space, preset, base)
     threads = threads or (max(1, (os.cpu_count() or 1)//workers) if workers > 1 else 0)
@@ -443,7 +446,7 @@ def main(
         raise SystemExit(130) from None
     finally:
         for process in others:
-            if process.poll() is None and sys.exc_info()[0]: process.send_signal(signal.SIGINT)
+            if process.poll() is None and sys.exc_info()[0]: process.terminate()
             process.wait()
     found, folder = open_study(storage, study), outputs_dir()/study
     save_figure(plot_search(found), folder/"search.png")
