@@ -270,11 +270,12 @@ def plot_plan(
     figure, axes = plt.subplots(2, len(gpus), figsize=(3*len(gpus), 5.6), sharex=True, sharey=True, layout="constrained", squeeze=False)
     colors = {"GPU": "#0072B2", "JPEG decoding": "#D55E00", "reading photos": "#009E73", "making batches": "#E69F00",
               "adding up gradients": "#CC79A7", "reading embeddings": "#56B4E9"}
+    dashed = {"making batches": "o--", "reading photos": "o--"}  # they may lie on others
     for column, count in enumerate(gpus):
         for ax, job in zip(axes[:, column], ("encoding", "training")):
             rows = [encode_hours(n, count, measured, assumed) if job == "encoding" else train_hours(n, count, measured, assumed, recipe) for n in sizes]
             for part in rows[0]:
-                if any(row[part] for row in rows): ax.plot(sizes, [row[part] for row in rows], "o-", color=colors[part], markersize=4, label=part)
+                if any(row[part] for row in rows): ax.plot(sizes, [row[part] for row in rows], dashed.get(part, "o-"), color=colors[part], markersize=4, label=part)
             ax.set(xscale="log", yscale="log")
             ax.set_title(f"{job}, {count} GPU{'s'*(count > 1)}", loc="left", fontsize=10)
             ax.spines[["top", "right"]].set_visible(False)
