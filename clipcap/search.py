@@ -407,6 +407,7 @@ def plot_search(
     right.barh(list(shares)[::-1], list(shares.values())[::-1], color="#0072B2")
     right.set(xlabel="importance, as a share")
     right.set_title(f"{next(iter(shares))} matters most" if shares else "Importance: from ten trials on", loc="left", fontsize=11)
+    if not shares: right.set_axis_off()
     for ax in (left, right): ax.spines[["top", "right"]].set_visible(False)
     return figure
 
