@@ -1,9 +1,10 @@
-"""Every notebook's tests in order, then: do module, notebooks and README agree? (`make test`)"""
+"""Every notebook's tests, then: do module, notebooks and README agree? (`make test`)"""
 import os
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,10 +12,32 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
 
-def test_notebook(path, outputs):
-    "Run one notebook under nbdev_test; stages leave their files in `outputs`, for the next."
-    env = {**os.environ, "CLIPCAP_OUTPUTS": str(outputs), "TQDM_DISABLE": "1", "MPLBACKEND": "agg"}
-    return subprocess.run([BIN/"nbdev_test", "--path", path], cwd=ROOT, env=env).returncode == 0
+# they need no other notebook's files, and time nothing: two at a time, a thread each
+SIDE_BY_SIDE = ("00_core 00b_download 00c_readers 01c_networks 02b_literal 02d_metrics 02f_optimize 02g_neighbours 02h_prompts "
+                "02j_parallel 04c_errors 07b_planning 08_sweep 08c_search 09_mini").split()
+
+
+def test_notebook(path, outputs, **more):
+    "Run one notebook under nbdev_test; stages leave their files in `outputs`, for the next. True where all pass."
+    env = {**os.environ, "CLIPCAP_OUTPUTS": str(outputs), "TQDM_DISABLE": "1", "MPLBACKEND": "agg", **more}
+    started = time.monotonic()
+    done = subprocess.run([BIN/"nbdev_test", "--path", path], cwd=ROOT, env=env, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    print(f"{done.stdout}{'FAILED' if done.returncode else 'passed'}  {path.name}  {time.monotonic() - started:.0f} s", flush=True)
+    return not done.returncode
+
+
+def test_alone(path):
+    "Run one notebook that needs no other's files."
+    with TemporaryDirectory() as outputs: return test_notebook(path, outputs, OMP_NUM_THREADS="1")
+
+
+def test_notebooks(paths):
+    "Run notebooks: those that may run side by side, then the others in order. Name -> passed."
+    free = [path for path in paths if path.stem in SIDE_BY_SIDE]
+    with ThreadPoolExecutor(2) as pool: results = dict(zip([p.name for p in free], pool.map(test_alone, free)))
+    with TemporaryDirectory() as outputs:
+        return results | {path.name: test_notebook(path, outputs) for path in paths if path not in free}
 
 
 def contents(folder, pattern):
@@ -55,13 +78,7 @@ def environments_agree():
 
 
 def main():
-    results = {}
-    with TemporaryDirectory() as outputs:
-        for path in sorted((ROOT/"nbs").glob("*.ipynb")):
-            started = time.monotonic()
-            results[path.name] = test_notebook(path, outputs)
-            print(f"{'passed' if results[path.name] else 'FAILED'}  {path.name}  "
-                  f"{time.monotonic() - started:.0f} s", flush=True)
+    results = test_notebooks(sorted((ROOT/"nbs").glob("*.ipynb")))
     checks = {**agreement(), "environment.yml lists what settings.ini requires": environments_agree()}
     for what, wrong in checks.items():
         results[what] = not wrong
