@@ -8,6 +8,7 @@
 # make search SPACE="num_layers=1,2,4 learning_rate=1e-5..1e-3:log epochs=5"   hyperparameters by optuna, WORKERS on this
 #                machine; the same command elsewhere, on the same STORAGE, joins: nbs/08c_search.ipynb
 # make planning  hours, memory, disk and network for up to 400 million photos: arithmetic; measures JPEG decoding anew
+# make store-check   a store of 2 million embeddings: memory, items a second, first batch; table in outputs/store.csv
 # make compare RUNS="demo other"   runs side by side, with intervals, tests and yardsticks
 # make faithful is what 06_attention shows true? deletion, insertion and pointing, on RUN
 # make mini     draw the embedded scenes and train the miniature backbones anew
@@ -24,7 +25,7 @@ PRESET ?= mini
 SET ?=
 FORCE ?=
 
-.PHONY: run test real flickr8k full-size-check benchmark planning ablation search compare faithful mini export readme lab
+.PHONY: run test real flickr8k full-size-check benchmark planning ablation search compare faithful mini export readme lab store-check
 
 run: $(VENV)/installed
 	$(BIN)/python -m clipcap.pipeline --run $(RUN) --preset $(PRESET) $(if $(FORCE),--force) $(SET)
@@ -79,6 +80,13 @@ TRIALS ?= 20
 search: $(VENV)/installed
 	$(BIN)/python -m clipcap.search $(SPACE) $(SET) --storage "$(STORAGE)" --study $(STUDY) --trials $(TRIALS) \
 		--preset $(PRESET) --workers $(WORKERS)
+ROWS ?= 2000000
+store-check: $(VENV)/installed
+	@mkdir -p outputs/store-check
+	$(BIN)/papermill nbs/01_data.ipynb outputs/store-check/01_data.ipynb -k python3 -p run store-check -p preset mini
+	$(BIN)/papermill nbs/01d_store.ipynb outputs/store-check/01d_store.ipynb -k python3 -p run store-check \
+		-p rows $(ROWS) -p small_rows 20000 -p dtypes "float32 float16" -p window 256 -p repeats 3 \
+		-p store_folder outputs/store-check -p csv_file outputs/store.csv
 
 RUNS ?= $(RUN)
 compare: $(VENV)/installed

@@ -6,7 +6,7 @@
 __all__ = ['INDEX', 'Ragged', 'name_hashes', 'write_captions', 'write_shard', 'index_store', 'StoreWriter', 'deal',
            'EmbeddingStore', 'Order', 'tokenize_store', 'StoreDataset', 'extract']
 
-# %% ../nbs/01d_store.ipynb #699d9eec
+# %% ../nbs/01d_store.ipynb #20877918
 import hashlib
 import json
 import os
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from .core import atomic_path, write_json
 from .data import SPLITS, _read_metadata, encode_captions, write_embeddings
 
-# %% ../nbs/01d_store.ipynb #5dd65574
+# %% ../nbs/01d_store.ipynb #686ba23f
 class Ragged:
     "N sequences of different lengths in one array."
 
@@ -53,9 +53,10 @@ class Ragged:
 
     def __len__(self): return len(self.bounds) - 1
 
-    def __getitem__(self, n: int) -> np.ndarray: return self.values[self.bounds[n]:self.bounds[n + 1]]
-
-    def text(self, n: int) -> str: return self[n].tobytes().decode()
+    def texts(self) -> list[str]:
+        "All as strings."
+        data, bounds = self.values.tobytes(), self.bounds.tolist()
+        return [data[start:stop].decode() for start, stop in zip(bounds, bounds[1:])]
 
     def take(self, which: np.ndarray):
         "Some of them, by their numbers."
@@ -76,7 +77,7 @@ class Ragged:
         rows[inside] = self.values[(self.bounds[:-1, None] + places)[inside]]
         return rows, lengths
 
-# %% ../nbs/01d_store.ipynb #855496a4
+# %% ../nbs/01d_store.ipynb #2b506d41
 def name_hashes(
     names: list[str],  # N image names
 ) -> np.ndarray:  # (N,) uint64
@@ -129,7 +130,7 @@ def write_shard(
     write_captions(path, names, captions, split)
     write_embeddings(path, names, rows, encoder)
 
-# %% ../nbs/01d_store.ipynb #66e12ba4
+# %% ../nbs/01d_store.ipynb #86a538e9
 INDEX = "index.json"
 
 
@@ -197,7 +198,7 @@ def _find_twice(files):
     twice, seen = every[1:][every[1:] == every[:-1]], {}
     for file in files if len(twice) else []:
         for row in np.isin(_hashes(file), twice).nonzero()[0].tolist():
-            name = _look(file.with_suffix(".captions"), lambda open_file: _ragged(open_file, "names", row, row + 1)).text(0)
+            name = _look(file.with_suffix(".captions"), lambda open_file: _ragged(open_file, "names", row, row + 1)).texts()[0]
             if name in seen:
                 raise ValueError(f"{name} has an embedding in {seen[name]} and one in {file}; remove a file, or write it again "
                                  "without that row")
@@ -211,6 +212,12 @@ def _read_index(path):
     except ValueError as error: raise ValueError(f"{path/INDEX} is not JSON ({error}); delete it, and run index_store") from None
 
 
+def _own_split(shard):
+    "The split that was given to each row; None where there is none."
+    beside = shard.with_suffix(".captions")
+    return [[*SPLITS, None][k] for k in _look(beside, lambda file: file.get_tensor("split"))] if beside.is_file() else None
+
+
 def index_store(
     path: str | Path,  # folder of shards
     captions: Callable[[str], list[str]] | None = None,  # image name -> its captions, for all rows; None: leave them as they are
@@ -222,7 +229,7 @@ def index_store(
     files, shards = sorted(path.glob("*.safetensors")), []
     if not files: raise FileNotFoundError(f"no shards in {path}: write some with StoreWriter or write_shard")
     for file in tqdm(files, "index", unit="shard", leave=False):
-        if captions: write_captions(file, names := _read_metadata(file)[0], [captions(name) for name in names])
+        if captions: write_captions(file, names := _read_metadata(file)[0], [captions(name) for name in names], _own_split(file))
         shards.append(_describe(file, known.get(file.name)))
         if shards[-1]["row"] != shards[0]["row"]:
             raise ValueError(f"{file} has rows {shards[-1]['row']}, but {files[0].name} has {shards[0]['row']}; move one of them to another store")
@@ -231,7 +238,7 @@ def index_store(
     write_json(path/INDEX, {"row": row, "shards": shards})
     return _read_index(path)
 
-# %% ../nbs/01d_store.ipynb #36eb4a3f
+# %% ../nbs/01d_store.ipynb #ba95a6bd
 class StoreWriter:
     "Add rows to a store, old or new: a context manager."
 
@@ -254,8 +261,9 @@ class StoreWriter:
         return self
 
     def __exit__(self, *error):
-        if self._held: self._flush()
-        self._lock.close()
+        try:
+            if self._held: self._flush()
+        finally: self._lock.close()
 
     def missing(
         self,
@@ -293,8 +301,7 @@ class StoreWriter:
 
     def _flush(self):
         "A shard of what is held, then the index."
-        part, self._held = self._held[:self.shard_rows], self._held[self.shard_rows:]
-        names, rows, captions, split = zip(*part)
+        names, rows, captions, split = zip(*self._held[:self.shard_rows])
         numbers = [int(file.stem) for file in self.path.glob("*.safetensors") if file.stem.isdecimal()]
         file = self.path/f"{max(numbers, default=-1) + 1:05d}.safetensors"
         for stray in self.path.glob(f".{file.stem}.*"): stray.unlink()  # of one that was killed
@@ -303,6 +310,7 @@ class StoreWriter:
         del shard["row"]
         self._index["shards"].append(shard)
         write_json(self.path/INDEX, self._index)
+        self._held = self._held[self.shard_rows:]
         new = name_hashes(names)
         self._pending -= {*new.tolist()}
         self._hashes = np.sort(np.concatenate([self._hashes, new]), kind="stable")
@@ -321,7 +329,7 @@ def _lock(path):
                            "write_shard, and run index_store when all are done") from None
     return file
 
-# %% ../nbs/01d_store.ipynb #eaeb8cec
+# %% ../nbs/01d_store.ipynb #ec380fed
 def deal(
     hashes: np.ndarray,  # (N,) uint64, of `name_hashes`
     seed: int,  # same name and seed, same split
@@ -401,8 +409,9 @@ class EmbeddingStore:
 
     def parts(self, shard: int, start: int = 0, stop: int | None = None) -> np.ndarray:  # (n,) 0 train, 1 val, 2 test
         "The split of each row."
-        own, hashes = self.beside(shard, lambda file: (file.get_slice("split")[start:stop], file.get_slice("hashes")[start:stop]))
-        return np.where(own < 0, deal(hashes, self.seed, self.val, self.test), own)
+        return self._parts(*self.beside(shard, lambda file: (file.get_slice("split")[start:stop], file.get_slice("hashes")[start:stop])))
+
+    def _parts(self, own, hashes): return np.where(own < 0, deal(hashes, self.seed, self.val, self.test), own)
 
     def digest(self) -> str:  # 64 hexadecimal digits
         "SHA-256 of all rows, names, captions and splits, as the index says: what training depends on."
@@ -415,13 +424,13 @@ class EmbeddingStore:
             if _hash_from(self.path/name, 0 if name.endswith(".captions") else offset) != entry["sha256"]:
                 raise ValueError(f"{self.path/name} is not what was indexed; write it again, or run index_store to take it as it is")
 
-# %% ../nbs/01d_store.ipynb #25224f79
+# %% ../nbs/01d_store.ipynb #37f2e733
 @dataclass
 class Order:
     "The order of an epoch's rows, window by window."
     sizes: np.ndarray  # rows of each shard
     seed: int  # same seed and epoch, same order
-    epoch: int
+    epoch: int  # from 1
     block: int = 64  # rows that are read together
     window: int = 256  # blocks that are shuffled together
 
@@ -444,7 +453,7 @@ class Order:
             np.concatenate([np.arange(a, b) + before[k] for k, a, b in blocks])[self.shuffle(n).permutation((blocks[:, 2] - blocks[:, 1]).sum())]
             for n, blocks in enumerate(self.windows())])
 
-# %% ../nbs/01d_store.ipynb #7de59e9a
+# %% ../nbs/01d_store.ipynb #7f67763d
 def _tokenizer_key(tokenizer):
     "16 hexadecimal digits that change with what a tokenizer makes of text."
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -471,12 +480,12 @@ def tokenize_store(
         parts = []
         for start in range(0, entry["captions"], at_once):
             texts = store.beside(shard, lambda file: _ragged(file, "captions", start, min(start + at_once, entry["captions"])))
-            parts.append(_tokenize(tokenizer, [texts.text(n) for n in range(len(texts))]))
+            parts.append(_tokenize(tokenizer, texts.texts()))
         ids = Ragged.join([Ragged.of([]), *parts])
         for old in store.path.glob(f"{path.stem}.tokens-{key}-*"): old.unlink()  # of captions that are no more
         with atomic_path(path) as temporary: save_file({"tokens": ids.values, "tokens_bounds": ids.bounds}, temporary)
 
-# %% ../nbs/01d_store.ipynb #6e3dc8e6
+# %% ../nbs/01d_store.ipynb #397e5408
 @dataclass
 class _Window:
     "Blocks in memory, and the items of one split in them."
@@ -495,9 +504,9 @@ class _Window:
         if not torch.isfinite(embeddings.sum()) and not torch.isfinite(embeddings).all():
             bad = row[first][~torch.isfinite(embeddings.flatten(1)).all(1).numpy()][0]
             file = next(file for file, end in self.files if bad < end)
-            raise ValueError(f"{file}: the embedding of {self.names.text(bad)} holds NaN or infinity; write that shard again without "
+            raise ValueError(f"{file}: the embedding of {self.names.take([bad]).texts()[0]} holds NaN or infinity; write that shard again without "
                              "it, then run index_store")
-        return embeddings, [self.names.text(r) for r in row], first.cumsum() - 1, self.captions.take(self.caption[start:stop])
+        return embeddings, self.names.take(row).texts(), first.cumsum() - 1, self.captions.take(self.caption[start:stop])
 
 
 class StoreDataset:
@@ -505,7 +514,7 @@ class StoreDataset:
 
     def __init__(
         self,
-        store: EmbeddingStore,
+        store: EmbeddingStore,  # whose index says what is read
         part: str,  # "train", "val" or "test"
         tokenizer,  # from `load_tokenizer`
         max_length: int = 40,  # tokens a caption, both special ones counted
@@ -540,18 +549,22 @@ class StoreDataset:
 
     def _read_window(self, blocks, draw, buffer):
         "Read blocks into a buffer; `draw` shuffles them."
-        names, captions, counts, parts, files, end = [], [], [], [], [], 0
+        def beside(file, start, stop):
+            first = file.get_slice("first_caption")[start:stop + 1]
+            texts = None if self._tokens else _ragged(file, "captions", int(first[0]), int(first[-1]))
+            return first, _ragged(file, "names", start, stop), file.get_slice("split")[start:stop], file.get_slice("hashes")[start:stop], texts
+
+        names, captions, counts, own, hashes, files, end = [], [], [], [], [], [], 0
         for shard, start, stop in blocks.tolist():
             self.store.read(shard, start, buffer[end:(end := end + stop - start)])
-            first, names_here, texts = self.store.beside(shard, lambda file: (
-                first := file.get_slice("first_caption")[start:stop + 1], _ragged(file, "names", start, stop),
-                None if self._tokens else _ragged(file, "captions", int(first[0]), int(first[-1]))))
+            first, *found, texts = self.store.beside(shard, lambda file: beside(file, start, stop))
             if self._tokens: texts = _look(self._tokens[shard], lambda file: _ragged(file, "tokens", int(first[0]), int(first[-1])))
-            names.append(names_here); captions.append(texts); counts.append(np.diff(first))
-            parts.append(self.store.parts(shard, start, stop)); files.append((self.store.file(shard), end))
+            for values, value in zip((names, own, hashes, captions, counts), (*found, texts, np.diff(first))): values.append(value)
+            files.append((self.store.file(shard), end))
+        parts = self.store._parts(np.concatenate(own), np.concatenate(hashes))
         counts, order = np.concatenate(counts), draw.permutation(end)
         which = (draw.random(end)*counts).astype(np.int64)  # which caption of a row is drawn
-        order = order[(np.concatenate(parts) == list(SPLITS).index(self.part))[order] & (counts[order] > 0)]
+        order = order[((parts == list(SPLITS).index(self.part)) & (counts > 0))[order]]
         before = np.cumsum(counts) - counts
         if self.caption_sampling == "all":
             row = order.repeat(counts[order])
@@ -565,7 +578,7 @@ class StoreDataset:
         embeddings, names, image_of, captions = zip(*pieces)
         before = np.cumsum([0, *map(len, embeddings)])
         ids = Ragged.join(captions)
-        if not self._tokens: ids = _tokenize(self.tokenizer, [ids.text(n) for n in range(len(ids))])
+        if not self._tokens: ids = _tokenize(self.tokenizer, ids.texts())
         words, lengths = ids.padded(self.max_length - 2)
         padded = np.pad(words, ((0, 0), (1, 1)))
         places, ends = np.arange(padded.shape[1]), lengths[:, None] + 1
@@ -637,9 +650,9 @@ class _Loader:  # no DataLoader: `Accelerator.prepare` leaves it alone, and does
         for batch in self.dataset.batches(self.batch_size, self.epoch, self.rank, self.world):
             yield {key: value.to(self.device) if torch.is_tensor(value) else value for key, value in batch.items()}
 
-# %% ../nbs/01d_store.ipynb #faaff925
+# %% ../nbs/01d_store.ipynb #0b4ca0d4
 def extract(
-    store: EmbeddingStore,
+    store: EmbeddingStore,  # of any size
     part: str,  # "train", "val" or "test"
     path: str | Path,  # embeddings file to write
     limit: int | None = None,  # rows at most, chosen by their names; None: all, which must fit in memory
@@ -655,9 +668,9 @@ def extract(
     names, rows, table = [], [], []
     for shard, row in sorted(found[:, 1:].tolist()):
         first = store.beside(shard, lambda file: file.get_slice("first_caption")[row:row + 2].tolist())
-        name, texts = store.beside(shard, lambda file: (_ragged(file, "names", row, row + 1).text(0), _ragged(file, "captions", *first)))
+        name, texts = store.beside(shard, lambda file: (_ragged(file, "names", row, row + 1).texts()[0], _ragged(file, "captions", *first).texts()))
         names.append(name)
         rows.append(torch.from_numpy(np.array(store.map(shard)[row])))
-        table += [(name, texts.text(n), part) for n in range(len(texts))]
+        table += [(name, text, part) for text in texts]
     write_embeddings(path, names, torch.stack(rows), store.encoder)
     return pd.DataFrame(table, columns=["image", "caption", "split"])
