@@ -6,7 +6,7 @@
 __all__ = ['INDEX', 'Ragged', 'name_hashes', 'write_captions', 'write_shard', 'index_store', 'StoreWriter', 'deal',
            'EmbeddingStore', 'Order', 'tokenize_store', 'StoreDataset', 'extract']
 
-# %% ../nbs/01d_store.ipynb #20877918
+# %% ../nbs/01d_store.ipynb #6cfcbee5
 import hashlib
 import json
 import os
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from .core import atomic_path, write_json
 from .data import SPLITS, _read_metadata, encode_captions, write_embeddings
 
-# %% ../nbs/01d_store.ipynb #686ba23f
+# %% ../nbs/01d_store.ipynb #cdcc8795
 class Ragged:
     "N sequences of different lengths in one array."
 
@@ -77,7 +77,7 @@ class Ragged:
         rows[inside] = self.values[(self.bounds[:-1, None] + places)[inside]]
         return rows, lengths
 
-# %% ../nbs/01d_store.ipynb #2b506d41
+# %% ../nbs/01d_store.ipynb #bd9271f9
 def name_hashes(
     names: list[str],  # N image names
 ) -> np.ndarray:  # (N,) uint64
@@ -130,7 +130,7 @@ def write_shard(
     write_captions(path, names, captions, split)
     write_embeddings(path, names, rows, encoder)
 
-# %% ../nbs/01d_store.ipynb #86a538e9
+# %% ../nbs/01d_store.ipynb #d01da131
 INDEX = "index.json"
 
 
@@ -238,7 +238,7 @@ def index_store(
     write_json(path/INDEX, {"row": row, "shards": shards})
     return _read_index(path)
 
-# %% ../nbs/01d_store.ipynb #ba95a6bd
+# %% ../nbs/01d_store.ipynb #b07f7c7d
 class StoreWriter:
     "Add rows to a store, old or new: a context manager."
 
@@ -329,7 +329,7 @@ def _lock(path):
                            "write_shard, and run index_store when all are done") from None
     return file
 
-# %% ../nbs/01d_store.ipynb #ec380fed
+# %% ../nbs/01d_store.ipynb #eec4315c
 def deal(
     hashes: np.ndarray,  # (N,) uint64, of `name_hashes`
     seed: int,  # same name and seed, same split
@@ -376,7 +376,7 @@ class EmbeddingStore:
     def __len__(self): return int(self.sizes.sum())
 
     def __repr__(self):
-        return f"EmbeddingStore({str(self.path)!r}): {len(self):,} rows {self.shape} {self.dtype} by {self.encoder} in {len(self.shards)} shards"
+        return f"EmbeddingStore({self.path.name!r}): {len(self):,} rows {self.shape} {self.dtype} by {self.encoder} in {len(self.shards)} shards"
 
     def file(self, shard: int) -> Path:
         "The embeddings file of a shard."
@@ -424,7 +424,7 @@ class EmbeddingStore:
             if _hash_from(self.path/name, 0 if name.endswith(".captions") else offset) != entry["sha256"]:
                 raise ValueError(f"{self.path/name} is not what was indexed; write it again, or run index_store to take it as it is")
 
-# %% ../nbs/01d_store.ipynb #37f2e733
+# %% ../nbs/01d_store.ipynb #3d996d0a
 @dataclass
 class Order:
     "The order of an epoch's rows, window by window."
@@ -453,7 +453,7 @@ class Order:
             np.concatenate([np.arange(a, b) + before[k] for k, a, b in blocks])[self.shuffle(n).permutation((blocks[:, 2] - blocks[:, 1]).sum())]
             for n, blocks in enumerate(self.windows())])
 
-# %% ../nbs/01d_store.ipynb #7f67763d
+# %% ../nbs/01d_store.ipynb #ea70e8be
 def _tokenizer_key(tokenizer):
     "16 hexadecimal digits that change with what a tokenizer makes of text."
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -485,7 +485,7 @@ def tokenize_store(
         for old in store.path.glob(f"{path.stem}.tokens-{key}-*"): old.unlink()  # of captions that are no more
         with atomic_path(path) as temporary: save_file({"tokens": ids.values, "tokens_bounds": ids.bounds}, temporary)
 
-# %% ../nbs/01d_store.ipynb #397e5408
+# %% ../nbs/01d_store.ipynb #7a53aea2
 @dataclass
 class _Window:
     "Blocks in memory, and the items of one split in them."
@@ -650,7 +650,7 @@ class _Loader:  # no DataLoader: `Accelerator.prepare` leaves it alone, and does
         for batch in self.dataset.batches(self.batch_size, self.epoch, self.rank, self.world):
             yield {key: value.to(self.device) if torch.is_tensor(value) else value for key, value in batch.items()}
 
-# %% ../nbs/01d_store.ipynb #0b4ca0d4
+# %% ../nbs/01d_store.ipynb #fd028587
 def extract(
     store: EmbeddingStore,  # of any size
     part: str,  # "train", "val" or "test"
