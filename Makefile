@@ -80,6 +80,7 @@ TRIALS ?= 20
 search: $(VENV)/installed
 	$(BIN)/python -m clipcap.search $(SPACE) $(SET) --storage "$(STORAGE)" --study $(STUDY) --trials $(TRIALS) \
 		--preset $(PRESET) --workers $(WORKERS)
+
 ROWS ?= 2000000
 store-check: $(VENV)/installed
 	@mkdir -p outputs/store-check
