@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INDEX', 'Ragged', 'name_hashes', 'write_captions', 'write_shard', 'index_store', 'StoreWriter', 'deal',
-           'EmbeddingStore', 'Order', 'tokenize_store', 'StoreDataset', 'extract']
+           'EmbeddingStore', 'Order', 'tokenize_store', 'StoreDataset', 'extract', 'prepare_store']
 
 # %% ../nbs/01d_store.ipynb #6cfcbee5
 import hashlib
@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from .core import atomic_path, write_json
+from .core import Config, Run, atomic_path, hash_file, resolve_path, write_json
 from .data import SPLITS, _read_metadata, encode_captions, write_embeddings
 
 # %% ../nbs/01d_store.ipynb #cdcc8795
@@ -593,62 +593,31 @@ class StoreDataset:
 
     def batches(
         self,
-        batch_size: int,  # items of a batch, of all processes together
+        batch_size: int,  # items of a batch
         epoch: int,  # from 1; same seed and epoch, same batches
-        rank: int = 0,  # of this process
-        world: int = 1,  # processes that share each batch
     ) -> Iterator[dict]:  # as from `FlickrDataset.collate`
-        "This process's share of each batch of an epoch. What `world` items can't share at the end is left out."
+        "The batches of an epoch."
         order = Order(self.store.sizes, self.seed, epoch, self.block, self.window)
-        windows, total, steps = order.windows(), len(self), _steps(len(self), batch_size, world)
+        windows = order.windows()
         buffers = np.empty((2, max((w[:, 2] - w[:, 1]).sum() for w in windows), *self.store.shape), self.store.dtype)
 
         def read(n): return self._read_window(windows[n], order.shuffle(n), buffers[n % 2])
-        def share(k):  # first item of the k-th batch that is ours, and behind the last
-            start, size = k*batch_size, min(batch_size, total - k*batch_size)
-            return start + rank*size//world, start + (rank + 1)*size//world
 
-        pieces, k, before, (start, stop) = [], 0, 0, share(0)
+        pieces, start, before = [], 0, 0  # of a batch; first item that is not in them; items of earlier windows
         with ThreadPoolExecutor(1, "store") as pool:
             ahead = pool.submit(read, 0)
             for n in range(len(windows)):
                 window = ahead.result()
                 if n + 1 < len(windows): ahead = pool.submit(read, n + 1)
                 after = before + len(window.row)
-                while k < steps and start < after:
+                while start < after:
+                    stop = min(start - start % batch_size + batch_size, len(self))  # of the batch
                     pieces.append(window.take(start - before, min(stop, after) - before))
                     start = min(stop, after)
                     if start < stop: break  # goes on in the next window
                     yield self._collate(pieces)
-                    pieces, k = [], k + 1
-                    start, stop = share(k)
+                    pieces = []
                 before = after
-
-    def loader(self, batch_size: int, epoch: int, rank: int = 0, world: int = 1, device: str | torch.device = "cpu"):
-        "`batches` as the training loop wants them: something with a length, whose tensors are on a device."
-        return _Loader(self, batch_size, epoch, rank, world, device)
-
-
-def _steps(items, batch_size, world):
-    "Batches of an epoch: the last may be short, but must have an item for each process."
-    if batch_size < world: raise ValueError(f"batch_size={batch_size} is too small for {world} processes; each needs an item")
-    return items//batch_size + (items % batch_size >= world)
-
-
-@dataclass
-class _Loader:  # no DataLoader: `Accelerator.prepare` leaves it alone, and does not deal out a second time what is dealt already
-    dataset: StoreDataset
-    batch_size: int
-    epoch: int
-    rank: int
-    world: int
-    device: str | torch.device
-
-    def __len__(self): return _steps(len(self.dataset), self.batch_size, self.world)
-
-    def __iter__(self):
-        for batch in self.dataset.batches(self.batch_size, self.epoch, self.rank, self.world):
-            yield {key: value.to(self.device) if torch.is_tensor(value) else value for key, value in batch.items()}
 
 # %% ../nbs/01d_store.ipynb #fd028587
 def extract(
@@ -674,3 +643,25 @@ def extract(
         table += [(name, text, part) for text in texts]
     write_embeddings(path, names, torch.stack(rows), store.encoder)
     return pd.DataFrame(table, columns=["image", "caption", "split"])
+
+# %% ../nbs/01d_store.ipynb #5a0d2d02
+def prepare_store(
+    run: Run,  # gets `sample/` and `captions_table.csv`
+    config: Config,  # its `data_root` is a store
+    sample: int = 5000,  # images of each split that go into the table
+) -> dict:  # goes into `run.json`, as from `prepare_data`
+    """`01_data` for a store: validation, test and a sample of the training photos, as all later stages want them;
+    [`03_train`](03_train.ipynb) reads the whole. Raises `ValueError` for settings that a store can't follow."""
+    for name in ("embeddings", "features", "views"):
+        if getattr(config, name) != getattr(Config, name):
+            raise ValueError(f"{name}={getattr(config, name)!r} is not for data_root={config.data_root!r}, a store, which holds what "
+                             f"was seen; leave {name} out")
+    store = EmbeddingStore(resolve_path(config.data_root), config.seed)
+    table = pd.concat([extract(store, part, run.path/f"sample/{part}.safetensors", sample) for part in SPLITS])
+    empty = [part for part in SPLITS if part not in set(table.split)]
+    if empty: raise ValueError(f"no image of the split {empty} in {store.path} has a caption; give index_store captions")
+    with atomic_path(run.path/"captions_table.csv") as temporary: table.to_csv(temporary, index=False)
+    return {"format": "store", "store": config.data_root, "rows": len(store), "embeddings": f"{run.name}/sample",
+            "encoder": store.encoder, "embedding_dim": store.dim, "captions": len(table),
+            "images": table.groupby("split").image.nunique().to_dict(),
+            "data_hash": hashlib.sha256((hash_file(run.path/"captions_table.csv") + store.digest()).encode()).hexdigest()}

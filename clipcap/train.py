@@ -10,6 +10,7 @@ __all__ = ['epoch_loader', 'validation_loss', 'validation_cider', 'finish_epoch'
 import json
 import shutil
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from fastcore.script import Param, call_parse
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from .core import (Config, Run, atomic_path, open_run, parse_changes, save_figure, seed_everything, stage_config,
-                          write_json)
+from .core import (Config, Run, atomic_path, open_run, parse_changes, resolve_path, save_figure, seed_everything,
+                          stage_config, write_json)
 from .data import Data, FlickrDataset, load_data, prepare_data
 from .metrics import score, tokenize
 from .model import (ClipCapModel, best_epoch, caption_images, check_features, load_checkpoint, load_model,
@@ -31,14 +32,16 @@ from .neighbours import CiderVectors, consensus
 from .networks import fit_scaling
 from .optimize import Average, drop_tokens, groups, is_stale, rate_schedule, trained_groups
 from .parallel import same_draws, share, start, totals
+from .store import EmbeddingStore, StoreDataset
 
 # %% ../nbs/03_train.ipynb #8976c97c
 def epoch_loader(
-    dataset: FlickrDataset,  # the training split
+    dataset: FlickrDataset | StoreDataset,  # the training split
     config: Config,  # its `seed` and `batch_size`
     epoch: int,  # from 1
-) -> DataLoader:  # shuffled batches
+) -> Iterable[dict]:  # shuffled batches
     "The batches of one epoch: the same for the same seed and epoch."
+    if hasattr(dataset, "batches"): return dataset.batches(config.batch_size, epoch)  # a store has an order of its own
     dataset.set_epoch(epoch)
     generator = torch.Generator().manual_seed(config.seed*1_000_003 + epoch)
     items_of = {image: [] for image in dataset.images}
@@ -171,7 +174,7 @@ def forget_later(
 # %% ../nbs/03_train.ipynb #9b08afbe
 def train(
     model: ClipCapModel,  # its trainable parts are trained in place
-    train_set: FlickrDataset,  # drawn from in a new order each epoch
+    train_set: FlickrDataset | StoreDataset,  # drawn from in a new order each epoch
     val_set: FlickrDataset,  # for the validation loss
     config: Config,  # epochs, batch size, AdamW's settings, seed
     folder: Path,  # run folder: checkpoints and metrics
@@ -250,12 +253,17 @@ def train_run(
     data = load_data(run, config)
     check_features(config.mapping_network, data.embeddings.tokens, data.embeddings.path)
     model = load_model(config, data.embeddings.dim)
-    fit_scaling(model.mapping_network, map(data.embeddings.__getitem__, data.split("train").image.unique()))
     if model.prompts is not None: fill_prompts(model, data)
     train_set, val_set = (FlickrDataset(data.split(part), data.embeddings, model.tokenizer,
                                         config.max_length, sampling, config.seed, views)
                           for part, sampling, views in (("train", config.caption_sampling, config.views), ("val", "all", 0)))
     entry = run.stage_entry("01_data")
+    rows = map(data.embeddings.__getitem__, data.split("train").image.unique())
+    if "store" in entry:  # what `data` has of it is a sample
+        store = EmbeddingStore(resolve_path(entry["store"]), config.seed)
+        train_set = StoreDataset(store, "train", model.tokenizer, config.max_length, config.caption_sampling, config.seed)
+        rows = train_set.rows()
+    fit_scaling(model.mapping_network, rows)
     recipe = {**stage_config(config, "03_train"), "data_hash": entry.get("data_hash"),
               "encoder": data.embeddings.encoder}
     for name in ("epochs", "keep", "best_by", "patience"):  # they change no weight
