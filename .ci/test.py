@@ -14,7 +14,7 @@ BIN = Path(sys.executable).parent
 
 # they need no other notebook's files, and time nothing: two at a time, a thread each
 SIDE_BY_SIDE = ("00_core 00b_download 00c_readers 01c_networks 02b_literal 02d_metrics 02f_optimize 02g_neighbours 02h_prompts "
-                "02j_parallel 04c_errors 07b_planning 08_sweep 08c_search 09_mini").split()
+                "02k_parallel 04c_errors 07b_planning 08_sweep 08c_search 09_mini").split()
 
 
 def test_notebook(path, outputs, **more):
