@@ -1,5 +1,6 @@
 # make run      everything once, on the embedded data: data, model, training, scores, errors, attention, report
 # make test     every notebook's tests, and that module, notebooks and README agree
+# make test-cluster   a Ray cluster of two nodes, one of which is killed; installs the extra `cluster` first
 # make real     three seeds on real photographs, table in outputs/real.csv
 # make flickr8k the original at full size: downloads what is missing, wants a GPU; PRESET and RUN are flickr8k
 # make full-size-check   the same road with random weights of full size and 64 photos, minutes on 2 cores
@@ -25,13 +26,22 @@ PRESET ?= mini
 SET ?=
 FORCE ?=
 
-.PHONY: run test real flickr8k full-size-check benchmark planning ablation search compare faithful mini export readme lab store-check
+.PHONY: run test test-cluster real flickr8k full-size-check benchmark planning ablation search compare faithful mini export readme lab store-check
 
 run: $(VENV)/installed
 	$(BIN)/python -m clipcap.pipeline --run $(RUN) --preset $(PRESET) $(if $(FORCE),--force) $(SET)
 
 test: $(VENV)/installed
 	$(BIN)/python .ci/test.py
+
+test-cluster: $(VENV)/cluster
+	@mkdir -p outputs
+	CUDA_VISIBLE_DEVICES= $(BIN)/papermill nbs/14_cluster.ipynb outputs/test-cluster.ipynb -k python3 \
+		-p cluster True -p run $(RUN)
+
+$(VENV)/cluster: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable ".[cluster]"
+	@touch $@
 
 # Kaggle's or the original's layout; an encoder's embeddings; a local causal language model
 DATA_ROOT ?= ../shared/flickr8k

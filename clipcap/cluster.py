@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_address', 'import_ray', 'worker_environment', 'connected', 'plan_workers', 'Worker', 'over_cluster']
 
-# %% ../nbs/14_cluster.ipynb #efc1231f
+# %% ../nbs/14_cluster.ipynb #0619cd48
 import json
 import logging
 import os
@@ -20,7 +20,7 @@ from .core import outputs_dir
 from .shards import Maker, check_settings, write_shard
 from .sources import Unit
 
-# %% ../nbs/14_cluster.ipynb #907cd1ed
+# %% ../nbs/14_cluster.ipynb #57713352
 def check_address(
     address: str,  # HOST:PORT, or "auto"
 ):
@@ -30,14 +30,17 @@ def check_address(
     if not host or "/" in address or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"--cluster {address} is no address of a cluster; give HOST:PORT as ray start --head prints it (such as "
                          "10.0.0.1:6379), on a machine of the cluster, or auto")
-    try: socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as peer:
+            peer.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))  # as gRPC begins (RFC 9113, §3.4)
+            if "RAY_USE_TLS" not in os.environ and peer.recv(9)[3:4] != b"\4": raise OSError("what answers there is not Ray")
     except OSError as error:
         raise ValueError(f"no cluster answers at {address} ({error}); is ray start --head running there, and the port open?") from None
 
 
 def import_ray():  # the module `ray`
     "Ray, quiet. Raises `ValueError` saying how to install it."
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}.items(): os.environ.setdefault(name, value)
     try: import ray, ray.data
     except ImportError as error: raise ValueError(f"--cluster needs Ray ({error}): pip install clipcap[cluster]") from None
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -66,7 +69,7 @@ def connected(
     try: yield ray
     finally: ray.shutdown()
 
-# %% ../nbs/14_cluster.ipynb #b814a79a
+# %% ../nbs/14_cluster.ipynb #34d79121
 def plan_workers(
     nodes: list[dict],  # resources of each machine: {"CPU": 8.0, "GPU": 1.0, …}
     workers: int | None = None,  # None: one a GPU, else one a CPU
@@ -80,7 +83,7 @@ def plan_workers(
     wanted = workers or sum(cpus)
     return wanted, {"num_cpus": next((c for c in range(max(cpus), 1, -1) if sum(n//c for n in cpus) >= wanted), 1)}
 
-# %% ../nbs/14_cluster.ipynb #b19ef262
+# %% ../nbs/14_cluster.ipynb #0b6c73e4
 class Worker:
     "A process that makes shards."
 
