@@ -17,7 +17,7 @@ from pathlib import Path
 
 import clipcap
 from .core import outputs_dir
-from .shards import Maker, check_settings, write_shard
+from .shards import Maker, write_shard
 from .sources import Unit
 
 # %% ../nbs/14_cluster.ipynb #57713352
@@ -43,7 +43,7 @@ def import_ray():  # the module `ray`
     for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}.items(): os.environ.setdefault(name, value)
     try: import ray, ray.data
     except ImportError as error: raise ValueError(f"--cluster needs Ray ({error}): pip install clipcap[cluster]") from None
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what stops the work is raised
     ray.data.DataContext.get_current().enable_progress_bars = False  # there is one of our own
     return ray
 
@@ -90,14 +90,17 @@ class Worker:
     def __init__(
         self,
         make: Callable[..., Maker],  # `embedder` or `captioner`, all but `device` given
-        settings: dict,  # that the maker must have here, too, and more
+        settings: dict,  # the maker's, which must be the same here, and perhaps more
         out: str,  # folder, or address of one
         device: str,  # where to compute
         folder: str,  # that relative paths start from
     ):
         with suppress(OSError): os.chdir(folder)
         self.maker, self.settings, self.out = make(device=device), settings, out
-        check_settings(f"what {socket.gethostname()} has", self.maker.settings, {k: settings[k] for k in self.maker.settings})
+        for name, value in self.maker.settings.items():
+            if settings[name] != value:
+                raise ValueError(f"{socket.gethostname()} has {name}={value!r}, and the machine of the command {settings[name]!r}; "
+                                 "give all machines the same files and the same clipcap")
 
     def __call__(
         self,
@@ -130,4 +133,4 @@ def over_cluster(
     try:
         for row in rows.iter_rows(): yield json.loads(row["summary"])
     except ray.exceptions.RayError as error:
-        raise OSError(f"the cluster gave up: {str(error).strip().splitlines()[-1]}; the same command goes on from the finished shards") from None
+        raise OSError(f"the cluster gave up ({str(error).strip().splitlines()[-1]}); the same command goes on from the finished shards") from None

@@ -217,6 +217,8 @@ def write_shards(
             raise KeyboardInterrupt(f"stopped with {len(done)} of {len(units)} shards; the same command goes on from there") from None
     _report_failures(done, len(units))
     for number in [n for n in present if n >= len(units)]: remove(number)
+    if not is_address(out):
+        for path in Path(out).glob(f".*{maker.suffix}.*"): path.unlink(missing_ok=True)  # what a killed process had begun
     shards = [done[unit.number] for unit in units]
     told = {"settings": settings, "rows": sum(s["rows"] for s in shards), "bad": sum(s["bad"] for s in shards)}
     if "encoder" in settings: told["row"] = {"encoder": settings["encoder"], "shape": shards[0].pop("shape"), "dtype": settings["dtype"]}
