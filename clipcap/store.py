@@ -169,7 +169,8 @@ def _hash_from(path, offset):
 def _describe(path, known):
     "What the index shall say of a shard; `known` is what it said before."
     files = [path, path.with_suffix(".captions")]
-    if known and all(f.is_file() and _stamp(f).items() <= known["files"][f.name].items() for f in files): return known
+    before = (known or {}).get("files")  # `clipcap embed` writes an index without them
+    if before and all(f.is_file() and _stamp(f).items() <= before[f.name].items() for f in files): return known
     names, shape, metadata = _read_metadata(path)
     with open(path, "rb") as file: header = json.loads(file.read(size := int.from_bytes(file.read(8), "little")))
     tensor = header["embeddings"]
@@ -360,6 +361,7 @@ class EmbeddingStore:
         self.encoder, self.shape, self.dtype = index["row"]["encoder"], tuple(index["row"]["shape"]), np.dtype(index["row"]["dtype"])
         self.shards, self.sizes = index["shards"], np.array([shard["rows"] for shard in index["shards"]])
         for shard in self.shards:
+            if "files" not in shard: raise ValueError(f"{self.path} holds embeddings without captions (of clipcap embed?); index_store makes a store of them")
             for name, entry in shard["files"].items():
                 try: size = (self.path/name).stat().st_size
                 except FileNotFoundError: raise FileNotFoundError(
