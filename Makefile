@@ -10,6 +10,7 @@
 #                machine; the same command elsewhere, on the same STORAGE, joins: nbs/08c_search.ipynb
 # make planning  hours, memory, disk and network for up to 400 million photos: arithmetic; measures JPEG decoding anew
 # make store-check   a store of 2 million embeddings: memory, items a second, first batch; table in outputs/store.csv
+# make scaling   one process and two, training and embedding at full size; table in outputs/scaling.csv
 # make compare RUNS="demo other"   runs side by side, with intervals, tests and yardsticks
 # make faithful is what 06_attention shows true? deletion, insertion and pointing, on RUN
 # make mini     draw the embedded scenes and train the miniature backbones anew
@@ -26,7 +27,7 @@ PRESET ?= mini
 SET ?=
 FORCE ?=
 
-.PHONY: run test test-cluster real flickr8k full-size-check benchmark planning ablation search compare faithful mini export readme lab store-check
+.PHONY: run test test-cluster real flickr8k full-size-check benchmark planning ablation search compare faithful mini export readme lab store-check scaling
 
 run: $(VENV)/installed
 	$(BIN)/python -m clipcap.pipeline --run $(RUN) --preset $(PRESET) $(if $(FORCE),--force) $(SET)
@@ -98,6 +99,9 @@ store-check: $(VENV)/installed
 	$(BIN)/papermill nbs/01d_store.ipynb outputs/store-check/01d_store.ipynb -k python3 -p run store-check \
 		-p rows $(ROWS) -p small_rows 20000 -p dtypes "float32 float16" -p window 256 -p repeats 3 \
 		-p store_folder outputs/store-check -p csv_file outputs/store.csv
+
+scaling: $(VENV)/cluster
+	$(BIN)/papermill nbs/07c_scaling.ipynb outputs/scaling.ipynb -k python3 -p measure True -p data_root $(DATA_ROOT)
 
 RUNS ?= $(RUN)
 compare: $(VENV)/installed

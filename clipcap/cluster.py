@@ -125,6 +125,7 @@ def over_cluster(
     device: str = "auto",  # likewise
 ) -> Iterator[dict]:  # summaries, as they come
     "The loop of `write_shards` over the cluster that this process is `connected` to. Raises `OSError` where Ray gives up."
+    if not units: return
     import ray
     number, needs = plan_workers([node["Resources"] for node in ray.nodes() if node["Alive"]], workers)
     pool = ray.data.ActorPoolStrategy(size=min(number, len(units)), max_tasks_in_flight_per_actor=1)
