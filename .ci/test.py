@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
 
-# they need no other notebook's files, and time nothing: two at a time, a thread each
-SIDE_BY_SIDE = ("00_core 00b_download 00c_readers 01c_networks 02b_literal 02d_metrics 02f_optimize 02g_neighbours 02h_prompts "
-                "02k_parallel 04c_errors 07b_planning 08_sweep 08c_search 09_mini").split()
+# they need no other notebook's files, and time nothing: two at a time, a thread each, the longest first
+SIDE_BY_SIDE = ("08_sweep 08c_search 09_mini 04c_errors 02d_metrics 00_core 00b_download 00c_readers 01c_networks 02b_literal "
+                "02f_optimize 02g_neighbours 02h_prompts 02k_parallel 07b_planning").split()
 
 
 def test_notebook(path, outputs, **more):
@@ -34,7 +34,7 @@ def test_alone(path):
 
 def test_notebooks(paths):
     "Run notebooks: those that may run side by side, then the others in order. Name -> passed."
-    free = [path for path in paths if path.stem in SIDE_BY_SIDE]
+    free = sorted((path for path in paths if path.stem in SIDE_BY_SIDE), key=lambda path: SIDE_BY_SIDE.index(path.stem))
     with ThreadPoolExecutor(2) as pool: results = dict(zip([p.name for p in free], pool.map(test_alone, free)))
     with TemporaryDirectory() as outputs:
         return results | {path.name: test_notebook(path, outputs) for path in paths if path not in free}
