@@ -22,8 +22,8 @@ from fastcore.script import Param, call_parse
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from .core import (Config, Run, atomic_path, open_run, parse_changes, resolve_path, save_figure, seed_everything,
-                          stage_config, write_json)
+from .core import (Config, Run, atomic_path, open_run, parse_changes, resolve_path, save_figure, stage_config,
+                          write_json)
 from .data import Data, FlickrDataset, load_data, prepare_data
 from .metrics import score, tokenize
 from .model import (ClipCapModel, best_epoch, caption_images, check_features, load_checkpoint, load_model,
@@ -31,7 +31,7 @@ from .model import (ClipCapModel, best_epoch, caption_images, check_features, lo
 from .neighbours import CiderVectors, consensus
 from .networks import fit_scaling
 from .optimize import Average, drop_tokens, groups, is_stale, rate_schedule, trained_groups
-from .parallel import same_draws, share, start, totals
+from .parallel import same_draws, seed_process, share, start, totals
 from .store import EmbeddingStore, StoreDataset
 
 # %% ../nbs/03_train.ipynb #8976c97c
@@ -194,7 +194,7 @@ def train(
     for epoch in range(finished + 1, config.epochs + 1):
         if is_stale([m for m in read_metrics(folder) if m["epoch"] < epoch], config): break
         if writes: forget_later(folder, epoch - 1)
-        seed_everything(config.seed, epoch)
+        seed_process(config.seed, epoch, rank)
         started, total, tokens = time.monotonic(), 0.0, 0
         model.train()
         batches = groups(epoch_loader(train_set, config, epoch), config.accumulate)
