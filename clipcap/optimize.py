@@ -6,7 +6,7 @@
 __all__ = ['trained_groups', 'rate_schedule', 'groups', 'drop_tokens', 'Average', 'is_stale']
 
 # %% ../nbs/02f_optimize.ipynb #33565c7d
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 
@@ -61,10 +61,11 @@ def drop_tokens(
     input_ids: torch.Tensor,  # (B, L)
     share: float,  # of the tokens, without the first
     hidden: int,  # token that is read instead
+    draw: Callable = torch.rand,  # of a shape: uniform numbers
 ) -> torch.Tensor:  # (B, L)
     "Hide some tokens, drawn from `torch`'s generator."
     if not share: return input_ids
-    dropped = torch.rand(input_ids.shape, device=input_ids.device) < share
+    dropped = draw(input_ids.shape).to(input_ids.device) < share
     dropped[:, 0] = False
     return input_ids.masked_fill(dropped, hidden)
 

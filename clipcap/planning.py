@@ -160,7 +160,7 @@ def memory_needed(
     assumed: Assumed,  # the machine
     recipe: Recipe,  # what is trained
 ) -> dict[str, float]:  # bytes of the fullest machine: its "processes", and the "embeddings" that would best be in memory, too
-    "Memory of a machine in training. Each process, one a GPU, keeps all captions."
+    "Memory of a machine in training from a table. Each process, one a GPU, keeps all captions; from a store it would keep none."
     here = min(gpus, assumed.gpus_a_machine)
     data = photos*(measured.memory_a_photo + recipe.captions_kept*measured.memory_a_caption)
     optimizer = 16*max(0, recipe.trained - NETWORK)  # weights, gradients and moments beyond those of the measured process
@@ -237,7 +237,7 @@ def plan_row(
     longer = max(hours, key=hours.get)
     binds = f"{longer}: {slowest({'encoding': encode, 'training': train}[longer])}"
     if disk > assumed.disk: binds = "disk: too small"
-    if memory["processes"] > here*assumed.memory_a_gpu: binds = "memory: captions don't fit"
+    if memory["processes"] > here*assumed.memory_a_gpu: binds = "memory: the table; take a store"
     return {"encoding, hours": hours["encoding"], "training, hours": hours["training"],
             "memory of a machine, GB": memory["processes"]/1e9, "embeddings, GB": memory["embeddings"]/1e9, "disk, GB": disk/1e9,
             "photos, GB/s": photos*measured.photo_bytes/(hours["encoding"]*3600)/1e9,

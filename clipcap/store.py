@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from .core import Config, Run, atomic_path, hash_file, resolve_path, write_json
 from .data import SPLITS, _read_metadata, encode_captions, write_embeddings
+from .parallel import share
 
 # %% ../nbs/01d_store.ipynb #cdcc8795
 class Ragged:
@@ -597,15 +598,17 @@ class StoreDataset:
         self,
         batch_size: int,  # items of a batch
         epoch: int,  # from 1; same seed and epoch, same batches
-    ) -> Iterator[dict]:  # as from `FlickrDataset.collate`
-        "The batches of an epoch."
+        rank: int = 0,  # number of this process
+        world: int = 1,  # processes that share each batch
+    ) -> Iterator[dict]:  # as from `FlickrDataset.collate`; `part` is this process's `Share`
+        "What a process has of the batches of an epoch."
         order = Order(self.store.sizes, self.seed, epoch, self.block, self.window)
         windows = order.windows()
         buffers = np.empty((2, max((w[:, 2] - w[:, 1]).sum() for w in windows), *self.store.shape), self.store.dtype)
 
         def read(n): return self._read_window(windows[n], order.shuffle(n), buffers[n % 2])
 
-        pieces, start, before = [], 0, 0  # of a batch; first item that is not in them; items of earlier windows
+        pieces, images, start, before = [], [], 0, 0  # of a batch; image of each item; first item not looked at; items of earlier windows
         with ThreadPoolExecutor(1, "store") as pool:
             ahead = pool.submit(read, 0)
             for n in range(len(windows)):
@@ -613,12 +616,16 @@ class StoreDataset:
                 if n + 1 < len(windows): ahead = pool.submit(read, n + 1)
                 after = before + len(window.row)
                 while start < after:
-                    stop = min(start - start % batch_size + batch_size, len(self))  # of the batch
-                    pieces.append(window.take(start - before, min(stop, after) - before))
+                    begin = start - start % batch_size
+                    stop = min(begin + batch_size, len(self))  # of the batch
+                    own = share(range(stop - begin), rank, world).captions
+                    first, last = max(start, begin + own.start), min(stop, after, begin + own.stop)
+                    if first < last: pieces.append(window.take(first - before, last - before))
+                    images += [(n, row) for row in window.row[start - before:min(stop, after) - before].tolist()]
                     start = min(stop, after)
                     if start < stop: break  # goes on in the next window
-                    yield self._collate(pieces)
-                    pieces = []
+                    yield {**self._collate(pieces), "part": share(images, rank, world)}
+                    pieces, images = [], []
                 before = after
 
 # %% ../nbs/01d_store.ipynb #fd028587

@@ -10,8 +10,9 @@ __all__ = ['epoch_loader', 'validation_loss', 'validation_cider', 'finish_epoch'
 import json
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -31,7 +32,7 @@ from .model import (ClipCapModel, best_epoch, caption_images, check_features, lo
 from .neighbours import CiderVectors, consensus
 from .networks import fit_scaling
 from .optimize import Average, drop_tokens, groups, is_stale, rate_schedule, trained_groups
-from .parallel import same_draws, seed_process, share, start, totals
+from .parallel import draw_tokens, same_draws, seed_process, share, start, totals
 from .store import EmbeddingStore, StoreDataset
 
 # %% ../nbs/03_train.ipynb #8976c97c
@@ -39,32 +40,38 @@ def epoch_loader(
     dataset: FlickrDataset | StoreDataset,  # the training split
     config: Config,  # its `seed` and `batch_size`
     epoch: int,  # from 1
-) -> Iterable[dict]:  # shuffled batches
-    "The batches of one epoch: the same for the same seed and epoch."
-    if hasattr(dataset, "batches"): return dataset.batches(config.batch_size, epoch)  # a store has an order of its own
+    rank: int = 0,  # number of this process
+    world: int = 1,  # processes that share each batch
+) -> Iterator[dict]:  # shuffled batches; `part` is this process's `Share` of each
+    "What a process has of the batches of one epoch, which are the same for the same seed and epoch."
+    if hasattr(dataset, "batches"): return dataset.batches(config.batch_size, epoch, rank, world)  # a store has an order of its own
     dataset.set_epoch(epoch)
     generator = torch.Generator().manual_seed(config.seed*1_000_003 + epoch)
     items_of = {image: [] for image in dataset.images}
     for item, (image, _) in enumerate(dataset.items): items_of[image].append(item)
     images = torch.randperm(len(dataset.images), generator=generator).tolist()
     order = [item for number in images for item in items_of[dataset.images[number]]]
-    return DataLoader(Subset(dataset, order), config.batch_size, collate_fn=dataset.collate)
+    whole = [order[k:k + config.batch_size] for k in range(0, len(order), config.batch_size)]
+    parts = [share([dataset.items[item][0] for item in items], rank, world) for items in whole]
+    own = [[items[k] for k in part.captions] for items, part in zip(whole, parts)]
+    return ({**batch, "part": part} for batch, part in zip(DataLoader(dataset, batch_sampler=own, collate_fn=dataset.collate), parts))
 
 # %% ../nbs/03_train.ipynb #1248e323
 @torch.no_grad()
 def validation_loss(
     model: ClipCapModel,  # any
-    loader: DataLoader,  # batches of the validation split
+    loader: DataLoader,  # batches of the validation split, or what this process has of it
 ) -> float:  # nats a token
     "Mean loss over all caption tokens; the model comes back in the mode it was in."
-    state, was_training, total, tokens = PartialState(), model.training, 0.0, 0
+    was_training, total, tokens = model.training, 0.0, 0
     model.eval()
     for batch in loader:
-        own = send_to_device(share(batch, state.process_index, state.num_processes), next(model.parameters()).device)
-        total += own["weight"]*model(own["embedding"], own["input_ids"], own["attention_mask"], own["image_of"]).sum().item()
+        given = (batch[k].to(next(model.parameters()).device) for k in ("embedding", "input_ids", "attention_mask", "image_of"))
+        total += model(*given).sum().item()
         tokens += batch["attention_mask"].sum().item()
     model.train(was_training)
-    return totals(total)[0]/tokens
+    total, tokens = totals(total, tokens)
+    return total/tokens
 
 # %% ../nbs/03_train.ipynb #84f13e5c
 def validation_cider(
@@ -190,27 +197,29 @@ def train(
     steps = -(-len(train_set)//(config.batch_size*config.accumulate))
     schedule = rate_schedule(optimizer, config, steps, finished)
     plain, (model, optimizer) = model, accelerator.prepare(model, optimizer)
-    val_loader = DataLoader(val_set, config.eval_batch_size, collate_fn=val_set.collate)
+    own_val = Subset(val_set, range(len(val_set)*rank//world, len(val_set)*(rank + 1)//world))
+    val_loader = DataLoader(own_val, config.eval_batch_size, collate_fn=val_set.collate)
     for epoch in range(finished + 1, config.epochs + 1):
         if is_stale([m for m in read_metrics(folder) if m["epoch"] < epoch], config): break
         if writes: forget_later(folder, epoch - 1)
         seed_process(config.seed, epoch, rank)
         started, total, tokens = time.monotonic(), 0.0, 0
         model.train()
-        batches = groups(epoch_loader(train_set, config, epoch), config.accumulate)
+        batches = groups(epoch_loader(train_set, config, epoch, rank, world), config.accumulate)
         for group in (bar := tqdm(batches, f"epoch {epoch}/{config.epochs}", steps, unit="step", **({} if writes else {"disable": True}))):
-            count = sum(batch["attention_mask"].sum() for batch in group)
+            count, = totals(sum(batch["part"].weight*batch["attention_mask"].sum().item() for batch in group))  # tokens of all
             for batch in group:
-                batch["read_ids"] = drop_tokens(batch["input_ids"], config.token_dropout, hidden)
-                own = send_to_device(share(batch, rank, world), accelerator.device)
+                part = batch["part"]
+                batch["read_ids"] = drop_tokens(batch["input_ids"], config.token_dropout, hidden, partial(draw_tokens, part))
+                own = send_to_device(batch, accelerator.device)
                 with nullcontext() if batch is group[-1] else accelerator.no_sync(model):
-                    with same_draws(own, len(batch["embedding"]), world):
-                        losses = own["weight"]*model(own["embedding"], own["input_ids"], own["attention_mask"],
-                                                     own["image_of"], own["read_ids"], config.label_smoothing)
+                    with same_draws(part, accelerator.device):
+                        losses = part.weight*model(own["embedding"], own["input_ids"], own["attention_mask"],
+                                                   own["image_of"], own["read_ids"], config.label_smoothing)
                     total += losses.sum().item()
                     if not total < float("inf"): raise _not_finite(folder, epoch, own, losses)
                     accelerator.backward(losses.sum()*world/count)  # the mean over processes is taken of their gradients
-            tokens += count.item()
+            tokens += count
             if config.clip_norm: accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
