@@ -103,6 +103,10 @@ def run_stages(
     run, config = Run(run), make_config(preset, **changes)
     notebooks = notebooks or project_root()/"nbs"
     check_preset(run, preset)
+    missing = [f"{stage}.ipynb" for stage in stages if not (notebooks/f"{stage}.ipynb").is_file()]
+    if missing:
+        raise FileNotFoundError(f"{notebooks} has no {', '.join(missing)}: the pipeline runs the notebooks of a checkout; start it "
+                                "inside of one, or do without them: python -m clipcap.train, then clipcap caption and clipcap score")
     run.update(preset=preset, config=dataclasses.asdict(config),
                stages=run.manifest.get("stages", {}))
     ran = []
