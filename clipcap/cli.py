@@ -36,6 +36,19 @@ def _json_pairs(value, path) -> Iterator[tuple]:
                            "{image_id: caption or captions}")
 
 
+def _read_json(text, path):
+    "What a JSON file holds, or the rows of JSON Lines that name an image."
+    try: value = json_files.loads(text)
+    except json_files.JSONDecodeError as error:
+        try: rows = [json_files.loads(line) for line in text.split("\n") if line.strip()]
+        except json_files.JSONDecodeError: raise ValueError(f"{path} is broken JSON ({error}); write it again") from None
+    else: rows = [value] if isinstance(value, dict) and {"image", "caption"} <= set(value) else None
+    if rows is None: return value
+    if not all(isinstance(row, dict) for row in rows): raise ValueError(f"{path} is JSON Lines, but not of captions: expected objects with image and caption")
+    return [{"image_id": row.get("image", row.get("image_id")), "caption": row.get("caption")}
+            for row in rows if "image" in row or "image_id" in row]
+
+
 def _csv_pairs(text, path) -> Iterator[tuple]:
     "Pairs (image id, caption) of a CSV with the columns image and caption."
     rows = csv_files.reader(io.StringIO(text, newline=""))
@@ -51,18 +64,15 @@ def _csv_pairs(text, path) -> Iterator[tuple]:
 
 
 def read_pairs(
-    path: str | Path,  # JSON or CSV
+    path: str | Path,  # JSON, JSON Lines or CSV
 ) -> list[tuple]:  # (image id, caption), as they stand in the file; None for what is missing
-    "Read captions in any of four layouts. Raises `OSError` or `ValueError` naming the file."
+    "Read captions in any of five layouts. Raises `OSError` or `ValueError` naming the file."
     try: text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}); convert it, for "
                          "example with iconv -t utf-8") from None
     if text.lstrip()[:1] not in ("{", "["): return list(_csv_pairs(text, path))
-    try: value = json_files.loads(text)
-    except json_files.JSONDecodeError as error:
-        raise ValueError(f"{path} is broken JSON ({error}); write it again") from None
-    return list(_json_pairs(value, path))
+    return list(_json_pairs(_read_json(text, path), path))
 
 # %% ../nbs/12_cli.ipynb #d2162678
 def _tell(notes, ids, what):
