@@ -161,7 +161,7 @@ $(TOOLS)/installed: Makefile
 
 lock: $(TOOLS)/installed
 	$(call REQUIREMENTS,cluster) | $(UV) --universal --python-version 3.10 --generate-hashes - > $(TOOLS)/lock
-	{ echo "# What clipcap with its extras dev and cluster is tested with: Linux x86-64, Python 3.10 to 3.14, a line each where they differ."; \
+	{ echo "# What clipcap is tested with, its extras dev and cluster included: on Linux x86-64. Resolved for Python 3.10 to 3.14, with a line each where they differ."; \
 	  echo '# Made by `make lock`; installed and checked by `make run LOCKED=1`.'; cat $(TOOLS)/lock; } > requirements.lock
 
 OLDEST := .venv-oldest
