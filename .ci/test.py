@@ -14,7 +14,7 @@ BIN = Path(sys.executable).parent
 
 # they need no other notebook's files, and time nothing: two at a time, a thread each, the longest first
 SIDE_BY_SIDE = ("08_sweep 08c_search 09_mini 04c_errors 02d_metrics 00_core 00b_download 00c_readers 01c_networks 02b_literal "
-                "02f_optimize 02g_neighbours 02h_prompts 00d_parallel 07b_planning").split()
+                "02f_optimize 02g_neighbours 02h_prompts 00d_parallel 07b_planning 10b_verify 09b_card").split()
 
 
 def test_notebook(path, outputs, **more):
@@ -77,9 +77,20 @@ def environments_agree():
     return sorted(wanted ^ found)
 
 
+def citation_agrees():
+    "Why CITATION.cff is not about this version; empty where it is."
+    from configparser import ConfigParser
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT/"settings.ini", encoding="utf-8")
+    lines = dict(line.split(": ", 1) for line in (ROOT/"CITATION.cff").read_text("utf-8").splitlines() if ": " in line and line[0] not in " -")
+    wanted = {"version": config["DEFAULT"]["version"], "license": config["DEFAULT"]["license"].upper()}
+    return [f"{name} {lines.get(name)}, settings.ini says {value}" for name, value in wanted.items() if lines.get(name) != value]
+
+
 def main():
     results = test_notebooks(sorted((ROOT/"nbs").glob("*.ipynb")))
-    checks = {**agreement(), "environment.yml lists what settings.ini requires": environments_agree()}
+    checks = {**agreement(), "environment.yml lists what settings.ini requires": environments_agree(),
+              "CITATION.cff is of the version in settings.ini": citation_agrees()}
     for what, wrong in checks.items():
         results[what] = not wrong
         print(f"{'FAILED' if wrong else 'passed'}  {what}" + (f": not {', '.join(wrong)}" if wrong else ""))
