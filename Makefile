@@ -12,6 +12,7 @@
 # make store-check   a store of 2 million embeddings: memory, items a second, first batch; table in outputs/store.csv
 # make scaling   one process and two, training and embedding at full size; table in outputs/scaling.csv
 # make compare RUNS="demo other"   runs side by side, with intervals, tests and yardsticks
+# make verify   does RUN still hold what it recorded? files, inputs, scores from its captions
 # make faithful is what 06_attention shows true? deletion, insertion and pointing, on RUN
 # make mini     draw the embedded scenes and train the miniature backbones anew
 # make export   notebooks -> clipcap/ and README.md
@@ -35,7 +36,7 @@ SET ?=
 FORCE ?=
 
 .PHONY: run test test-cluster real flickr8k full-size-check benchmark planning ablation search compare faithful mini export readme lab store-check scaling \
-	lock test-oldest licences wheel-check
+	lock test-oldest licences wheel-check verify
 
 run: $(VENV)/installed
 	$(BIN)/python -m clipcap.pipeline --run $(RUN) --preset $(PRESET) $(if $(FORCE),--force) $(SET)
@@ -114,6 +115,9 @@ scaling: $(VENV)/cluster
 RUNS ?= $(RUN)
 compare: $(VENV)/installed
 	$(BIN)/papermill nbs/04b_compare.ipynb outputs/compare.ipynb -k python3 -p runs "$(RUNS)"
+
+verify: $(VENV)/installed
+	$(BIN)/clipcap verify $(RUN)
 
 faithful: $(VENV)/installed
 	$(BIN)/papermill nbs/06b_faithful.ipynb outputs/faithful.ipynb -k python3 -p run "$(RUN)"

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from configparser import ConfigParser
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,7 +15,7 @@ BIN = Path(sys.executable).parent
 
 # they need no other notebook's files, and time nothing: two at a time, a thread each, the longest first
 SIDE_BY_SIDE = ("08_sweep 08c_search 09_mini 04c_errors 02d_metrics 00_core 00b_download 00c_readers 01c_networks 02b_literal "
-                "02f_optimize 02g_neighbours 02h_prompts 00d_parallel 07b_planning").split()
+                "02f_optimize 02g_neighbours 02h_prompts 00d_parallel 07b_planning 10b_verify 09b_card").split()
 
 
 def test_notebook(path, outputs, **more):
@@ -65,12 +66,17 @@ def agreement():
                     differing(copy, "README.md") + differing(copy, "outputs/readme/*")}
 
 
-def environments_agree():
-    "Names in which environment.yml and settings.ini differ."
-    from configparser import ConfigParser
+def settings():
+    "What settings.ini says."
     config = ConfigParser(delimiters=["="])
     config.read(ROOT/"settings.ini", encoding="utf-8")
-    wanted = {*config["DEFAULT"]["requirements"].split(), *config["DEFAULT"]["dev_requirements"].split()}
+    return config["DEFAULT"]
+
+
+def environments_agree():
+    "Names in which environment.yml and settings.ini differ."
+    config = settings()
+    wanted = {*config["requirements"].split(), *config["dev_requirements"].split()}
     lines = (ROOT/"environment.yml").read_text(encoding="utf-8").splitlines()
     start = next(n for n, line in enumerate(lines) if line.strip() == "- pip:")
     found = {line.strip(" -\"'") for line in lines[start + 1:] if line.strip().startswith("- ")}
@@ -79,25 +85,32 @@ def environments_agree():
 
 def not_locked():
     "Requirements of settings.ini that a version in requirements.lock does not meet, or that it lacks."
-    from configparser import ConfigParser
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
-    config = ConfigParser(delimiters=["="])
-    config.read(ROOT/"settings.ini", encoding="utf-8")
+    config = settings()
     locked = {}
     for line in (ROOT/"requirements.lock").read_text(encoding="utf-8").splitlines():
         if "==" not in line: continue
         name, version = line.split(" ")[0].split("==")
         locked.setdefault(canonicalize_name(name), []).append(version)
-    wanted = " ".join(config["DEFAULT"][f"{kind}requirements"] for kind in ("", "dev_", "cluster_")).split()
+    wanted = " ".join(config[f"{kind}requirements"] for kind in ("", "dev_", "cluster_")).split()
     def met(r): return all(r.specifier.contains(v) for v in locked.get(canonicalize_name(r.name), ["0"]))
     return [str(r) for r in map(Requirement, wanted) if not met(r)]
+
+
+def citation_agrees():
+    "Why CITATION.cff is not about this version; empty where it is."
+    config = settings()
+    lines = dict(line.split(": ", 1) for line in (ROOT/"CITATION.cff").read_text("utf-8").splitlines() if ": " in line and line[0] not in " -")
+    wanted = {"version": config["version"], "license": config["license"].upper()}
+    return [f"{name} {lines.get(name)}, settings.ini says {value}" for name, value in wanted.items() if lines.get(name) != value]
 
 
 def main():
     results = test_notebooks(sorted((ROOT/"nbs").glob("*.ipynb")))
     checks = {**agreement(), "environment.yml lists what settings.ini requires": environments_agree(),
-              "requirements.lock (make lock) holds what settings.ini requires": not_locked()}
+              "requirements.lock (make lock) holds what settings.ini requires": not_locked(),
+              "CITATION.cff is of the version in settings.ini": citation_agrees()}
     for what, wrong in checks.items():
         results[what] = not wrong
         print(f"{'FAILED' if wrong else 'passed'}  {what}" + (f": not {', '.join(wrong)}" if wrong else ""))

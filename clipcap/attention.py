@@ -351,6 +351,17 @@ def _write_relevance(path, tensors, metadata):
     "Write the file, atomically."
     with atomic_path(path) as temporary:
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path):
+    "Put the metadata of a safetensors file in order; the library's is another each time, and the same run shall give the same bytes."
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        in_order = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        if len(in_order) == size: file.seek(8); file.write(in_order)
 
 # %% ../nbs/06_attention.ipynb #984a07f3
 def word_shares(

@@ -6,7 +6,7 @@
 __all__ = ['FLICKR8K_URL', 'FLICKR8K', 'VIEW_SCALE', 'download_flickr8k', 'data_folder', 'is_store', 'write_embeddings',
            'Embeddings', 'load_clip', 'image_features', 'encode_images', 'encode_grid', 'upright', 'read_photo',
            'random_view', 'cache_folder', 'embed_photos', 'gpt2_path', 'load_tokenizer', 'encode_captions',
-           'check_views', 'FlickrDataset', 'prepare_data', 'Data', 'load_data', 'show_photos']
+           'check_views', 'FlickrDataset', 'data_hash', 'prepare_data', 'Data', 'load_data', 'show_photos']
 
 # %% ../nbs/01_data.ipynb #b636285d
 import hashlib
@@ -527,6 +527,14 @@ def _see_views(images, source, config, run):
         folders.append(folder)
     return folders
 
+# %% ../nbs/01_data.ipynb #b7e10011
+def data_hash(
+    table: str | Path,  # `captions_table.csv`
+    embeddings,  # `Embeddings`, or a store: has `digest`
+) -> str:  # 64 hexadecimal digits
+    "SHA-256 that stands for all that training reads: captions, splits and embeddings."
+    return hashlib.sha256((hash_file(table) + embeddings.digest()).encode()).hexdigest()
+
 # %% ../nbs/01_data.ipynb #6e4a9292
 def prepare_data(
     run: Run,  # gets `captions_table.csv`
@@ -571,8 +579,7 @@ def prepare_data(
         table.to_csv(temporary, index=False)
     return {**notes, "encoder": known.encoder, "embedding_dim": known.dim,
             "images": table.groupby("split").image.nunique().to_dict(), "captions": len(table),
-            "data_hash": hashlib.sha256((hash_file(run.path/"captions_table.csv")
-                                         + known.digest()).encode()).hexdigest()}
+            "data_hash": data_hash(run.path/"captions_table.csv", known)}
 
 
 def _add_subsets(table, source):

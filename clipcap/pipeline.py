@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fastcore.script import Param, call_parse
 
-from .core import (STAGE_FIELDS, Config, Run, asset_path, atomic_path, check_preset,
+from .core import (MAKES, STAGE_FIELDS, Config, Run, asset_path, atomic_path, check_preset,
                           make_config, outputs_dir, parse_changes, project_root, resolve_path, stage_config)
 from .readers import find_source
 
@@ -55,13 +55,6 @@ def depends_on(
     return {"config": stage_config(config, stage), "code": _hash(code), "inputs": _hash(inputs)}
 
 # %% ../nbs/11_pipeline.ipynb #dc5fc277
-_MAKES = {"01_data": ["captions_table.csv"], "03_train": ["checkpoints/last.pt", "metrics.jsonl"],
-          "03c_scst": ["checkpoints/scst.pt"],
-          "04_evaluate": ["captions_test.json", "scores_test.json", "scores_test.csv"],
-          "05_error_analysis": ["controls_test.csv", "errors_test.csv", "analysis_test.csv"],
-          "06_attention": ["relevance_test.safetensors"], "10_report": ["report.html"]}
-
-
 def why_run(
     run: Run,  # whose stage it is
     stage: str,  # key of `STAGE_FIELDS`
@@ -77,11 +70,11 @@ def why_run(
     if before["inputs"] != now["inputs"]: return "the input files have changed"
     entry = run.stage_entry(stage)
     if not before["complete"] or "finished" not in entry: return "it was not finished"
-    by_hand = entry.get("eval_split", "test") != "test" or entry.get("epoch") is not None
+    by_hand = entry.get("eval_split", "test") != "test" or entry.get("epoch") not in (None, now["config"].get("checkpoint"))
     if by_hand or entry["config"] != now["config"]: return "it was run by hand with other settings"
     for earlier, started in entry["built_on"].items():
         if run.stage_entry(earlier)["started"] != started: return f"{earlier} has run since"
-    for name in _MAKES.get(stage, []):
+    for name in (name.format(split="test") for name in MAKES.get(stage, ())):
         if not (run.path/name).is_file(): return f"{name} is missing"
     caches = [entry.get("embeddings"), *entry.get("views", [])] if not now["config"]["embeddings"] else []
     for cache in filter(None, caches):

@@ -22,8 +22,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from .core import Config, Run, atomic_path, hash_file, resolve_path, write_json
-from .data import SPLITS, _read_metadata, encode_captions, write_embeddings
+from .core import Config, Run, atomic_path, resolve_path, write_json
+from .data import SPLITS, _read_metadata, data_hash, encode_captions, write_embeddings
 from .parallel import share
 
 # %% ../nbs/01d_store.ipynb #cdcc8795
@@ -673,4 +673,4 @@ def prepare_store(
     return {"format": "store", "store": config.data_root, "rows": len(store), "embeddings": f"{run.name}/sample",
             "encoder": store.encoder, "embedding_dim": store.dim, "captions": len(table),
             "images": table.groupby("split").image.nunique().to_dict(),
-            "data_hash": hashlib.sha256((hash_file(run.path/"captions_table.csv") + store.digest()).encode()).hexdigest()}
+            "data_hash": data_hash(run.path/"captions_table.csv", store)}

@@ -27,7 +27,7 @@ from .core import (Config, Run, atomic_path, open_run, parse_changes, resolve_pa
                           write_json)
 from .data import Data, FlickrDataset, load_data, prepare_data
 from .metrics import score, tokenize
-from .model import (ClipCapModel, best_epoch, caption_images, check_features, load_checkpoint, load_model,
+from .model import (ClipCapModel, best_epoch, caption_images, check_features, gpt2_hash, load_checkpoint, load_model,
                            read_metrics, save_checkpoint, save_weights, trained_weights)
 from .neighbours import CiderVectors, consensus
 from .networks import fit_scaling
@@ -362,7 +362,7 @@ def train_stage(
             with run.stage("01_data", config) as notes: notes.update(prepare_data(run, config))
     with run.stage("03_train", config, ["01_data"]) if first else nullcontext({}) as notes:
         metrics = train_run(run, config, restart)
-        notes.update(epochs=len(metrics), final_val_loss=metrics.val_loss.iloc[-1], processes=accelerator.num_processes)
+        notes.update(epochs=len(metrics), final_val_loss=metrics.val_loss.iloc[-1], gpt2=gpt2_hash(config.gpt2_model), processes=accelerator.num_processes)
     return metrics
 
 
