@@ -50,6 +50,17 @@ def _csv_pairs(text, path) -> Iterator[tuple]:
         yield cells.get("image", "").strip(), cells.get("caption")
 
 
+def _checked(pairs, path):
+    "All pairs; says where the file can't be read, or a caption is no caption."
+    from clipcap.readers import LONGEST_CAPTION
+    try: pairs = list(pairs)
+    except csv_files.Error as error: raise ValueError(f"{path} is no CSV that can be read ({error}); write it again") from None
+    for image_id, text in pairs:
+        if isinstance(text, str) and len(text) > LONGEST_CAPTION:
+            raise ValueError(f"{path}: a caption of {image_id!r:.80} has {len(text)} characters; more than {LONGEST_CAPTION} are no caption: shorten it")
+    return pairs
+
+
 def read_pairs(
     path: str | Path,  # JSON or CSV
 ) -> list[tuple]:  # (image id, caption), as they stand in the file; None for what is missing
@@ -58,11 +69,11 @@ def read_pairs(
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}); convert it, for "
                          "example with iconv -t utf-8") from None
-    if text.lstrip()[:1] not in ("{", "["): return list(_csv_pairs(text, path))
+    if text.lstrip()[:1] not in ("{", "["): return _checked(_csv_pairs(text, path), path)
     try: value = json_files.loads(text)
-    except json_files.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is broken JSON ({error}); write it again") from None
-    return list(_json_pairs(value, path))
+    return _checked(_json_pairs(value, path), path)
 
 # %% ../nbs/12_cli.ipynb #d2162678
 def _tell(notes, ids, what):
@@ -70,7 +81,7 @@ def _tell(notes, ids, what):
     ids = list(dict.fromkeys(ids))
     if not ids: return
     notes[what] = len(ids)
-    warnings.warn(f"{what}: {len(ids)} ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})")
+    warnings.warn(f"{what}: {len(ids)} ({', '.join(i[:80] for i in ids[:3])}{', …' if len(ids) > 3 else ''})")
 
 
 def collect_captions(
@@ -135,8 +146,8 @@ def written_under(
     path = Path(path)
     scores = path.with_name(path.name.replace("captions_", "scores_", 1))
     if scores == path or scores.suffix != ".json" or not scores.is_file(): return {}
-    try: protocol = json_files.loads(scores.read_text("utf-8"))["protocol"]
-    except (json_files.JSONDecodeError, KeyError, TypeError): return {}
+    try: protocol = dict(json_files.loads(scores.read_text("utf-8"))["protocol"])
+    except (ValueError, KeyError, TypeError, RecursionError): return {}
     return {k: protocol[k] for k in ("split", "num_beams", *WAYS, "max_length", "checkpoint", "preset", "seed")
             if k in protocol}
 
@@ -275,7 +286,9 @@ def main(
         return 2
     options = vars(anno_parser(COMMANDS[name], f"clipcap {name}").parse_args(rest))
     options = {k: v for k, v in options.items() if k not in ("pdb", "xtra")}  # fastcore's own
-    def say(message, *_, **__): print(f"clipcap {name}: {message}", file=sys.stderr)
+    def say(message, *_, **__):  # names of files and images are others' text: no control characters for the terminal
+        plain = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(message))
+        print(f"clipcap {name}: {plain}", file=sys.stderr)
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = say
