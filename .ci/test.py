@@ -14,7 +14,7 @@ BIN = Path(sys.executable).parent
 
 
 # they need no other notebook's files, and time nothing: two at a time, a thread each, the longest first
-SIDE_BY_SIDE = ("08_sweep 08c_search 09_mini 04c_errors 02d_metrics 00_core 00b_download 00c_readers 01c_networks 02b_literal "
+SIDE_BY_SIDE = ("08_sweep 08c_search 09_mini 04c_errors 02d_metrics 15_hostile 00_core 00b_download 00c_readers 01c_networks 02b_literal "
                 "02f_optimize 02g_neighbours 02h_prompts 00d_parallel 07b_planning 10b_verify 09b_card").split()
 
 

@@ -39,9 +39,9 @@ def _json_pairs(value, path) -> Iterator[tuple]:
 def _read_json(text, path):
     "What a JSON file holds, or the rows of JSON Lines that name an image."
     try: value = json_files.loads(text)
-    except json_files.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         try: rows = [json_files.loads(line) for line in text.split("\n") if line.strip()]
-        except json_files.JSONDecodeError: raise ValueError(f"{path} is broken JSON ({error}); write it again") from None
+        except (ValueError, RecursionError): raise ValueError(f"{path} is broken JSON ({error}); write it again") from None
     else: rows = [value] if isinstance(value, dict) and {"image", "caption"} <= set(value) else None
     if rows is None: return value
     if not all(isinstance(row, dict) for row in rows): raise ValueError(f"{path} is JSON Lines, but not of captions: expected objects with image and caption")
@@ -63,6 +63,17 @@ def _csv_pairs(text, path) -> Iterator[tuple]:
         yield cells.get("image", "").strip(), cells.get("caption")
 
 
+def _checked(pairs, path):
+    "All pairs; says where the file can't be read, or a caption is no caption."
+    from clipcap.readers import LONGEST_CAPTION
+    try: pairs = list(pairs)
+    except csv_files.Error as error: raise ValueError(f"{path} is no CSV that can be read ({error}); write it again") from None
+    for image_id, text in pairs:
+        if isinstance(text, str) and len(text) > LONGEST_CAPTION:
+            raise ValueError(f"{path}: a caption of {image_id!r:.80} has {len(text)} characters; more than {LONGEST_CAPTION} are no caption: shorten it")
+    return pairs
+
+
 def read_pairs(
     path: str | Path,  # JSON, JSON Lines or CSV
 ) -> list[tuple]:  # (image id, caption), as they stand in the file; None for what is missing
@@ -71,8 +82,8 @@ def read_pairs(
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}); convert it, for "
                          "example with iconv -t utf-8") from None
-    if text.lstrip()[:1] not in ("{", "["): return list(_csv_pairs(text, path))
-    return list(_json_pairs(_read_json(text, path), path))
+    if text.lstrip()[:1] not in ("{", "["): return _checked(_csv_pairs(text, path), path)
+    return _checked(_json_pairs(_read_json(text, path), path), path)
 
 # %% ../nbs/12_cli.ipynb #d2162678
 def _tell(notes, ids, what):
@@ -80,7 +91,7 @@ def _tell(notes, ids, what):
     ids = list(dict.fromkeys(ids))
     if not ids: return
     notes[what] = len(ids)
-    warnings.warn(f"{what}: {len(ids)} ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})")
+    warnings.warn(f"{what}: {len(ids)} ({', '.join(i[:80] for i in ids[:3])}{', …' if len(ids) > 3 else ''})")
 
 
 def collect_captions(
@@ -145,8 +156,8 @@ def written_under(
     path = Path(path)
     scores = path.with_name(path.name.replace("captions_", "scores_", 1))
     if scores == path or scores.suffix != ".json" or not scores.is_file(): return {}
-    try: protocol = json_files.loads(scores.read_text("utf-8"))["protocol"]
-    except (json_files.JSONDecodeError, KeyError, TypeError): return {}
+    try: protocol = dict(json_files.loads(scores.read_text("utf-8"))["protocol"])
+    except (ValueError, KeyError, TypeError, RecursionError): return {}
     return {k: protocol[k] for k in ("split", "num_beams", *WAYS, "max_length", "checkpoint", "preset", "seed")
             if k in protocol}
 
@@ -300,7 +311,9 @@ def main(
         return 2
     options = vars(anno_parser(COMMANDS[name], f"clipcap {name}").parse_args(rest))
     options = {k: v for k, v in options.items() if k not in ("pdb", "xtra")}  # fastcore's own
-    def say(message, *_, **__): print(f"clipcap {name}: {message}", file=sys.stderr)
+    def say(message, *_, **__):  # names of files and images are others' text: no control characters for the terminal
+        plain = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(message))
+        print(f"clipcap {name}: {plain}", file=sys.stderr)
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = say

@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import os
 import platform
 import random
@@ -211,9 +212,14 @@ def _check_config(config):
         if float in kinds: kinds += (int,)
         if not isinstance(value, kinds) or isinstance(value, bool):
             wanted = " or ".join(k.__name__ for k in kinds)
-            raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be {wanted}")
+            raise TypeError(f"{name}={value!r:.80} is a {type(value).__name__}; it must be {wanted}")
         if name in _CHOICES and value not in _CHOICES[name]:
-            raise ValueError(f"{name}={value!r} is unknown; choose one of {_CHOICES[name]}")
+            raise ValueError(f"{name}={value!r:.80} is unknown; choose one of {_CHOICES[name]}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}={value!r} is not a finite number; give one")
+        if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+            raise ValueError(f"{name}={value!r:.80} holds a character that no text file can (NUL, or part of a name that is not "
+                             "UTF-8); rename what it stands for")
         if name in _AT_LEAST and not value >= _AT_LEAST[name]:
             raise ValueError(f"{name}={value!r} is too small; it must be at least {_AT_LEAST[name]}")
         if name in _SHARES and value >= 1:
@@ -409,6 +415,19 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
+def _check_manifest(path, value):
+    "Raise `ValueError` where a `run.json` is not made as ours are."
+    stages = value.get("stages", {}) if isinstance(value, dict) else {}
+    parts = {"it": value, "stages": stages} | (value if isinstance(value, dict) else {})
+    parts = {name: part for name, part in parts.items() if name in ("it", "stages", "config")}
+    for name, entry in stages.items() if isinstance(stages, dict) else ():
+        parts |= {name: entry, f"config of {name}": entry.get("config", {}) if isinstance(entry, dict) else {}}
+    for name, part in parts.items():
+        if not isinstance(part, dict):
+            raise ValueError(f"{path}: {name} is a {type(part).__name__}, and must be an object; put the file right, or delete it to start "
+                             "the run anew")
+
+
 class Run:
     "The folder `outputs/<name>/` of one run, and its manifest `run.json`."
 
@@ -417,7 +436,7 @@ class Run:
         name: str,  # name of the run: one path component
         root: str | Path | None = None,  # folder of runs; `outputs_dir()` where None
     ):
-        if not name or Path(name).name != name:
+        if not name or Path(name).name != name or name == ".." or not name.isprintable():
             raise ValueError(f"run={name!r} must be a plain folder name, such as 'demo'")
         self.name, self.path = name, Path(root or outputs_dir())/name
 
@@ -425,13 +444,35 @@ class Run:
 
     @property
     def manifest(self) -> dict:  # {} where nothing has run yet
-        "What `run.json` holds now."
-        try: text = (self.path/"run.json").read_text(encoding="utf-8")
+        "What `run.json` holds now. Raises `ValueError` for one that is not ours."
+        path = self.path/"run.json"
+        try: value = json.loads(path.read_bytes())
         except FileNotFoundError: return {}
-        try: return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.path/'run.json'} is not JSON ({error}); "
-                             "delete it to start the run anew") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON ({error}); delete it to start the run anew") from None
+        _check_manifest(path, value)
+        return value
+
+    def config(
+        self,
+        stage: str | None = None,  # one that has run; its settings may be older than the run's
+    ) -> Config:
+        """The settings in `run.json`, of the run or of one of its stages.
+
+        Raises `ValueError` naming the file and a setting that this version doesn't know, or whose value is not possible."""
+        import clipcap
+        path, known = self.path/"run.json", self.manifest
+        stages = known.get("stages", {})
+        own = {**known.get("config", {}), **stages.get(stage, {}).get("config", {})}
+        unknown = sorted(own.keys() - {f.name for f in dataclasses.fields(Config)})
+        if known.get("preset", "mini") not in [*PRESETS]: unknown.insert(0, f"preset={known['preset']!r:.80}")
+        if unknown:
+            packages = [entry.get("packages") for entry in stages.values()]
+            writers = {str(p["clipcap"]) for p in packages if isinstance(p, dict) and p.get("clipcap")}
+            raise ValueError(f"{path}: clipcap {clipcap.__version__} doesn't know {', '.join(unknown[:5])}; it was written by clipcap "
+                             f"{', '.join(sorted(writers)) or 'of another version'}: use that one, or begin another run")
+        try: return Config(**own)
+        except (TypeError, ValueError) as error: raise ValueError(f"{path}: {error}; put it right there, or begin another run") from None
 
     def update(self, **entries):
         "Replace entries of `run.json`, atomically."
@@ -534,14 +575,13 @@ def open_run(
     preset: str | None = None,  # key of `PRESETS`; None: the run's own, or "mini" for a new run
     **changes,  # fields of `Config` to change; None keeps the run's or else the preset's
 ) -> tuple[Run, Config]:  # the run, its checked configuration
-    "Open or begin a run. Raises `ValueError` where `preset` is not the one the run began with."
+    "Open or begin a run. Raises `ValueError` where `preset` is not the one the run began with, or as `Run.config`."
     run = run if isinstance(run, Run) else Run(run)
     known = run.manifest
     check_preset(run, preset)
     preset = preset or known.get("preset", "mini")
-    fields = {f.name for f in dataclasses.fields(Config)}
-    own = {k: v for k, v in known.get("config", {}).items() if k in fields}
-    config = make_config(preset, **{**own, **{k: v for k, v in changes.items() if v is not None}})
+    run.config()  # is it of this version?
+    config = make_config(preset, **{**known.get("config", {}), **{k: v for k, v in changes.items() if v is not None}})
     if not known: run.update(preset=preset, config=dataclasses.asdict(config), stages={})
     return run, config
 

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from PIL import Image
@@ -104,10 +105,10 @@ def load_gpt2(
     "Load a frozen GPT-2 whose vocabulary has the tokenizer's added tokens."
     from transformers import AutoModelForCausalLM
     path = gpt2_path(name)
-    try: gpt2 = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    try: gpt2 = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
         raise ValueError(f"gpt2_model={name!r} can't be loaded as a causal language model "
-                         f"({error})") from None
+                         f"({error!s:.600}); pass a folder with config.json and model.safetensors") from None
     known = gpt2.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > known:
         with torch.random.fork_rng():
@@ -424,20 +425,30 @@ def save_checkpoint(
                       "Earlier checkpoints are kept: make room, and run the same again") from error
 
 
+def _tensors(state, name=""):
+    "Name and tensor of all that a checkpoint holds."
+    if torch.is_tensor(state): yield name, state
+    for key, value in state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ():
+        yield from _tensors(value, f"{name}.{key}" if name else str(key))
+
+
 def load_checkpoint(
     path: str | Path,  # written by `save_checkpoint`
     module: nn.Module | None = None,  # gets the weights where given
 ):  # what the file holds
-    "Read a checkpoint without running code from it. Raises `ValueError` naming a file that misfits."
+    "Read a checkpoint without running code from it. Raises `ValueError` naming a file that misfits, or holds NaN or infinity."
     try: state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError: raise
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint that can be read safely "
                          f"({type(error).__name__}); train again, or take another file") from None
+    for name, tensor in _tensors(state):
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity; take the checkpoint of an earlier epoch, or train again")
     if module is not None:
         try: module.load_state_dict(state)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"{path} does not fit this {type(module).__name__}: {error}; build the model "
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} does not fit this {type(module).__name__}: {error!s:.600}; build the model "
                              "with the configuration it was trained with (its run.json)") from None
     return state
 
@@ -477,8 +488,7 @@ def load_run(
     run = Run(name)
     if not run.manifest: raise ValueError(f"there is no run {name!r} in {run.path.parent}")
     paths = checkpoint_paths(run, epoch)
-    trained_with = run.stage_entry("03_train").get("config", {})  # the settings may be newer
-    config = Config(**{**run.manifest["config"], **trained_with, "device": device})
+    config = replace(run.config("03_train"), device=device)  # the settings may be newer
     if precision: config = replace(config, precision=precision)
     clip_dim = Embeddings(resolve_path(config.embeddings)).dim if config.embeddings else None
     model = load_model(config, clip_dim)
@@ -559,7 +569,7 @@ def checkpoint_paths(
                          f"nbs/03_train.ipynb OUT.ipynb -p run {run.name}")
     metrics = read_metrics(run.path)
     metrics = [m for m in metrics if "reward" in m] or metrics  # of 03c_scst, where it has run
-    if epoch == "best": epoch = best_epoch(metrics, run.manifest["config"]["best_by"])
+    if epoch == "best": epoch = best_epoch(metrics, run.config().best_by)
     if epoch == "average": return [found[n] for n in sorted(found) if not metrics or n >= metrics[0]["epoch"]]
     if epoch == "last": epoch = None
     if epoch is not None and epoch not in found:

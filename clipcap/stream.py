@@ -74,7 +74,7 @@ def writing_config(
     num_beams: int | None = None,  # None: the run's own
 ) -> Config:  # of the run
     "How a run writes captions."
-    config = Config(**run.manifest["config"])
+    config = run.config()
     return config if num_beams is None else dataclasses.replace(config, num_beams=num_beams)
 
 
@@ -109,8 +109,8 @@ def begin_captions(
         for number, line in enumerate(file, 1):
             if number > 1 and not line.endswith(b"\n"): break  # torn by a crash
             try: row = json.loads(line)
-            except ValueError: row = None
-            if not isinstance(row, dict) or ("image" if number > 1 else "checkpoint") not in row:
+            except (ValueError, RecursionError): row = None
+            if not isinstance(row, dict) or not isinstance(row.get("image" if number > 1 else "checkpoint"), str):
                 raise ValueError(f"{path}, line {number}: {line[:40]!r} is not from clipcap caption; "
                                  "name another file, or begin this one anew with restart")
             if number == 1: _check_settings(path, row, settings)

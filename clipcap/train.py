@@ -133,7 +133,9 @@ def trained_so_far(
     path = folder/"checkpoints"/name
     if not path.is_file(): return None
     state = load_checkpoint(path)
-    return {**state, "recipe": json.loads(state["recipe"])}
+    try: return {**state, "epoch": int(state["epoch"]), "recipe": dict(json.loads(state["recipe"]))}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not what a run goes on from ({type(error).__name__}: {error}); begin anew: restart=True") from None
 
 
 def recipe_changes(
@@ -161,10 +163,13 @@ def resume(
     if changes := recipe_changes(state["recipe"], recipe):
         raise ValueError(f"{folder/'checkpoints'/name} was trained with another recipe "
                          f"({'; '.join(changes)}); choose another run, or begin anew: restart=True")
-    model.mapping_network.load_state_dict(state["mapping_network"])
-    model.gpt2.load_state_dict(state.get("gpt2", {}), strict=False)
-    optimizer.load_state_dict(state["optimizer"])
-    average.load_state_dict(state.get("average", {}))
+    try:
+        model.mapping_network.load_state_dict(state["mapping_network"])
+        model.gpt2.load_state_dict(state.get("gpt2", {}), strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        average.load_state_dict(state.get("average", {}))
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder/'checkpoints'/name} does not fit this model ({error!s:.600}); begin anew: restart=True") from None
     return state["epoch"]
 
 # %% ../nbs/03_train.ipynb #3c5c0002
@@ -342,7 +347,7 @@ def watch(
             display(figure)
             plt.close(figure)
         seen = len(metrics)
-        config = Config(**run.manifest["config"])
+        config = run.config()
         if seen >= config.epochs or is_stale(read_metrics(run.path), config): return metrics
         time.sleep(every)
 
