@@ -13,6 +13,7 @@
 # make scaling   one process and two, training and embedding at full size; table in outputs/scaling.csv
 # make compare RUNS="demo other"   runs side by side, with intervals, tests and yardsticks
 # make faithful is what 06_attention shows true? deletion, insertion and pointing, on RUN
+# make fuzz     random files against everything that reads one, SECONDS each; finds in outputs/fuzz. Installs atheris first
 # make mini     draw the embedded scenes and train the miniature backbones anew
 # make export   notebooks -> clipcap/ and README.md
 # make lab      JupyterLab
@@ -27,7 +28,7 @@ PRESET ?= mini
 SET ?=
 FORCE ?=
 
-.PHONY: run test test-cluster real flickr8k full-size-check benchmark planning ablation search compare faithful mini export readme lab store-check scaling
+.PHONY: run test test-cluster real flickr8k full-size-check benchmark planning ablation search compare faithful fuzz mini export readme lab store-check scaling
 
 run: $(VENV)/installed
 	$(BIN)/python -m clipcap.pipeline --run $(RUN) --preset $(PRESET) $(if $(FORCE),--force) $(SET)
@@ -109,6 +110,15 @@ compare: $(VENV)/installed
 
 faithful: $(VENV)/installed
 	$(BIN)/papermill nbs/06b_faithful.ipynb outputs/faithful.ipynb -k python3 -p run "$(RUN)"
+
+SECONDS ?= 60
+TARGETS ?=
+fuzz: $(VENV)/fuzz
+	$(BIN)/python .ci/fuzz/fuzz.py $(SECONDS) $(TARGETS)
+
+$(VENV)/fuzz: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet "atheris>=3.0,<4"
+	@touch $@
 
 mini: $(VENV)/installed
 	$(BIN)/papermill nbs/09_mini.ipynb outputs/09_mini.ipynb -k python3 -p train True

@@ -39,11 +39,13 @@ def _json_pairs(value, path) -> Iterator[tuple]:
 def _csv_pairs(text, path) -> Iterator[tuple]:
     "Pairs (image id, caption) of a CSV with the columns image and caption."
     rows = csv_files.reader(io.StringIO(text, newline=""))
-    header = [h.strip() for h in next(rows, [])]
+    from clipcap.readers import csv_rows
+    lines = csv_rows(rows, path)
+    header = [h.strip() for h in next(lines, [])]
     if not {"image", "caption"} <= set(header):
         raise ValueError(f"{path} is neither JSON nor a CSV with the header image,caption; its first "
                          f"line is {','.join(header)[:60]!r}")
-    for row in rows:
+    for row in lines:
         if not row: continue
         if header == ["image", "caption"]: row[1:] = [",".join(row[1:])]  # a comma left unquoted
         cells = dict(zip(header, row))
@@ -60,7 +62,7 @@ def read_pairs(
                          "example with iconv -t utf-8") from None
     if text.lstrip()[:1] not in ("{", "["): return list(_csv_pairs(text, path))
     try: value = json_files.loads(text)
-    except json_files.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is broken JSON ({error}); write it again") from None
     return list(_json_pairs(value, path))
 

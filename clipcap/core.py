@@ -388,12 +388,17 @@ class Run:
     @property
     def manifest(self) -> dict:  # {} where nothing has run yet
         "What `run.json` holds now."
-        try: text = (self.path/"run.json").read_text(encoding="utf-8")
+        path = self.path/"run.json"
+        try: found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError: return {}
-        try: return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.path/'run.json'} is not JSON ({error}); "
-                             "delete it to start the run anew") from None
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a thousand brackets deep
+            raise ValueError(f"{path} is not JSON ({error}); delete it to start the run anew") from None
+        stages = found.get("stages", {}) if isinstance(found, dict) else None
+        entries = [*stages.values(), found.get("config", {})] if isinstance(stages, dict) else [None]
+        if not all(isinstance(entry, dict) and isinstance(entry.get("config", {}), dict) for entry in entries):
+            raise ValueError(f"{path} is JSON, but not of a run: expected an object whose config, stages and each stage are objects; "
+                             "delete it to start the run anew")
+        return found
 
     def update(self, **entries):
         "Replace entries of `run.json`, atomically."
@@ -418,7 +423,7 @@ def check_earlier(
     "Raise `ValueError` unless every stage in `needs` is finished, with the settings of `config`."
     for earlier in needs:
         entry = run.stage_entry(earlier)
-        if "finished" not in entry:
+        if not {"finished", "config"} <= set(entry):
             raise ValueError(
                 f"{stage} needs {earlier}, which is not finished in run {run.name!r}; first: "
                 f"papermill nbs/{earlier}.ipynb OUT.ipynb -p run {run.name}")
@@ -483,7 +488,12 @@ def open_run(
     preset = preset or known.get("preset", "mini")
     fields = {f.name for f in dataclasses.fields(Config)}
     own = {k: v for k, v in known.get("config", {}).items() if k in fields}
-    config = make_config(preset, **{**own, **{k: v for k, v in changes.items() if v is not None}})
+    try: config = make_config(preset, **{**own, **{k: v for k, v in changes.items() if v is not None}})
+    except (TypeError, ValueError) as error:
+        if not known: raise
+        try: make_config(preset, **own)
+        except (TypeError, ValueError): raise ValueError(f"{run.path/'run.json'} holds what no run can have ({error}); correct it, or choose another run name") from None
+        raise
     if not known: run.update(preset=preset, config=dataclasses.asdict(config), stages={})
     return run, config
 

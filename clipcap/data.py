@@ -96,6 +96,7 @@ def _read_metadata(path):
         with safe_open(path, "pt") as file:
             metadata, shape = file.metadata() or {}, file.get_slice("embeddings").get_shape()
             names = json.loads(metadata["names"])
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names): raise TypeError("names are no list of text")
     except Exception as error:
         raise ValueError(f"{path} is not an embeddings file ({type(error).__name__}: {error}); "
                          "expected safetensors with a tensor 'embeddings' (N, D) or (N, T, D) and the "
