@@ -14,6 +14,7 @@
 # make compare RUNS="demo other"   runs side by side, with intervals, tests and yardsticks
 # make verify   does RUN still hold what it recorded? files, inputs, scores from its captions
 # make faithful is what 06_attention shows true? deletion, insertion and pointing, on RUN
+# make fuzz     random files against everything that reads one, SECONDS each; finds in outputs/fuzz. Installs atheris first
 # make mini     draw the embedded scenes and train the miniature backbones anew
 # make export   notebooks -> clipcap/ and README.md
 # make lab      JupyterLab
@@ -36,7 +37,7 @@ SET ?=
 FORCE ?=
 
 .PHONY: run test test-cluster real flickr8k full-size-check benchmark planning ablation search compare faithful mini export readme lab store-check scaling \
-	lock test-oldest licences wheel-check verify
+	lock test-oldest licences wheel-check verify fuzz
 
 run: $(VENV)/installed
 	$(BIN)/python -m clipcap.pipeline --run $(RUN) --preset $(PRESET) $(if $(FORCE),--force) $(SET)
@@ -121,6 +122,15 @@ verify: $(VENV)/installed
 
 faithful: $(VENV)/installed
 	$(BIN)/papermill nbs/06b_faithful.ipynb outputs/faithful.ipynb -k python3 -p run "$(RUN)"
+
+SECONDS ?= 60
+TARGETS ?=
+fuzz: $(VENV)/fuzz
+	$(BIN)/python .ci/fuzz/fuzz.py $(SECONDS) $(TARGETS)
+
+$(VENV)/fuzz: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet "atheris>=3.0,<4"
+	@touch $@
 
 mini: $(VENV)/installed
 	$(BIN)/papermill nbs/09_mini.ipynb outputs/09_mini.ipynb -k python3 -p train True

@@ -52,11 +52,13 @@ def _read_json(text, path):
 def _csv_pairs(text, path) -> Iterator[tuple]:
     "Pairs (image id, caption) of a CSV with the columns image and caption."
     rows = csv_files.reader(io.StringIO(text, newline=""))
-    header = [h.strip() for h in next(rows, [])]
+    from clipcap.readers import csv_rows
+    lines = csv_rows(rows, path)
+    header = [h.strip() for h in next(lines, [])]
     if not {"image", "caption"} <= set(header):
         raise ValueError(f"{path} is neither JSON nor a CSV with the header image,caption; its first "
                          f"line is {','.join(header)[:60]!r}")
-    for row in rows:
+    for row in lines:
         if not row: continue
         if header == ["image", "caption"]: row[1:] = [",".join(row[1:])]  # a comma left unquoted
         cells = dict(zip(header, row))
@@ -66,8 +68,7 @@ def _csv_pairs(text, path) -> Iterator[tuple]:
 def _checked(pairs, path):
     "All pairs; says where the file can't be read, or a caption is no caption."
     from clipcap.readers import LONGEST_CAPTION
-    try: pairs = list(pairs)
-    except csv_files.Error as error: raise ValueError(f"{path} is no CSV that can be read ({error}); write it again") from None
+    pairs = list(pairs)
     for image_id, text in pairs:
         if isinstance(text, str) and len(text) > LONGEST_CAPTION:
             raise ValueError(f"{path}: a caption of {image_id!r:.80} has {len(text)} characters; more than {LONGEST_CAPTION} are no caption: shorten it")

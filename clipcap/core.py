@@ -498,7 +498,7 @@ def check_earlier(
     "Raise `ValueError` unless every stage in `needs` is finished, with the settings of `config`."
     for earlier in needs:
         entry = run.stage_entry(earlier)
-        if "finished" not in entry:
+        if not {"finished", "config"} <= set(entry):
             raise ValueError(
                 f"{stage} needs {earlier}, which is not finished in run {run.name!r}; first: "
                 f"papermill nbs/{earlier}.ipynb OUT.ipynb -p run {run.name}")

@@ -38,8 +38,11 @@ def read_captions_json(
     path: str | Path,  # written by `write_captions`
 ) -> dict[str, str]:  # image -> caption
     "Read captions in COCO's result format. Raises `ValueError` naming a file that is none."
-    try: return {row["image_id"]: row["caption"] for row in json.loads(Path(path).read_text("utf-8"))}
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
+    try:
+        captions = {row["image_id"]: row["caption"] for row in json.loads(Path(path).read_text("utf-8"))}
+        if not all(isinstance(text, str) for pair in captions.items() for text in pair): raise TypeError("both must be text")
+        return captions
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is not in COCO's result format, a list of image_id and caption "
                          f"({type(error).__name__}: {error}); write it again") from None
 

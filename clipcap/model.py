@@ -456,12 +456,17 @@ def load_checkpoint(
 def read_metrics(
     folder: Path,  # run folder
 ) -> list[dict]:  # an entry an epoch
-    "The lines of `metrics.jsonl`; one that was cut off by a crash is left out."
+    """The lines of `metrics.jsonl`; one that was cut off by a crash is left out.
+
+    Raises `ValueError` naming a line that is whole but no epoch."""
     path, lines = folder/"metrics.jsonl", []
     if not path.is_file(): return lines
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_bytes().splitlines():  # bytes: a crash may cut a character
         try: lines.append(json.loads(line))
-        except json.JSONDecodeError: break
+        except (ValueError, RecursionError): break
+        if not isinstance(lines[-1], dict) or not isinstance(lines[-1].get("epoch"), int):
+            raise ValueError(f"{path}, line {len(lines)}: expected an object with the number of an epoch, found {line[:60]!r}; "
+                             "train again with restart=True")
     return lines
 
 

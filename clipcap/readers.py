@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'READERS', 'LONGEST_CAPTION', 'MOST_TEXT', 'MOST_PHOTO', 'read_text', 'read_lines', 'read_json', 'Photos',
            'file_stamp', 'leads_out', 'Folders', 'as_photos', 'random_split', 'split_of', 'Layout', 'find_layout',
-           'read_captions', 'official_split', 'Reader', 'Source', 'find_source', 'is_text', 'read_table',
+           'csv_rows', 'read_captions', 'official_split', 'Reader', 'Source', 'find_source', 'is_text', 'read_table',
            'check_official', 'read_flickr8k', 'read_flickr30k', 'read_karpathy', 'read_coco', 'read_url_captions',
            'TarMember', 'Tars', 'read_img2dataset', 'ArrowPhotos', 'read_saved_dataset']
 
@@ -20,7 +20,6 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby
@@ -197,28 +196,28 @@ def _token_rows(path):
         yield image, caption
 
 
+def csv_rows(
+    rows,  # `csv.reader`
+    path: str | Path,  # of what it reads, for the message
+) -> Iterator[list[str]]:  # its rows
+    "The rows of a CSV. Raises `ValueError` where a field has no end in sight."
+    try: yield from rows
+    except csv.Error as error:  # a field of more than 131,072 characters
+        raise ValueError(f"{path}, line {rows.line_num}: {error}; is a quotation mark left open?") from None
+
+
 _HEADERS = (["image", "caption"], ["image_name", "comment_number", "comment"])  # Kaggle's Flickr8k, Flickr30k
-
-
-@contextmanager
-def _csv_errors(path, rows):
-    "Have errors of the csv module name file and line."
-    try: yield
-    except csv.Error as error: raise ValueError(f"{path}, line {rows.line_num}: {error}; correct or remove the line") from None
 
 
 def _csv_rows(path):
     "Pairs (image, caption) of Kaggle's layout."
     rows = csv.reader(io.StringIO(read_text(path), newline=""))
-    with _csv_errors(path, rows): yield from _kaggle_rows(path, rows)
-
-
-def _kaggle_rows(path, rows):
-    header = [name.strip() for name in next(rows, [])]
+    cells = csv_rows(rows, path)
+    header = [name.strip() for name in next(cells, [])]
     if header not in _HEADERS:
         raise ValueError(f"{path}, line 1: expected the header 'image,caption' or 'image_name,comment_number,"
                          f"comment', found {','.join(header)[:60]!r}; add it")
-    for row in rows:
+    for row in cells:
         if not row: continue
         if len(row) < len(header):
             raise ValueError(f"{path}, line {rows.line_num}: expected {','.join(header)!r}, "
@@ -434,19 +433,21 @@ def _bar_rows(path):
 
 def _annotation_rows(path):
     "Rows (image, caption, split) of flickr_annotations_30k.csv."
-    rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    absent = {"raw", "split", "filename"} - set(rows.fieldnames or ())
+    rows = csv.reader(io.StringIO(read_text(path), newline=""))
+    cells = csv_rows(rows, path)
+    header = next(cells, [])
+    absent = {"raw", "split", "filename"} - set(header)
     if absent:
         raise ValueError(f"{path}, line 1: the columns {sorted(absent)} are missing from the header "
-                         f"{','.join(rows.fieldnames or [])[:60]!r}")
-    for row in rows:
+                         f"{','.join(header)[:60]!r}")
+    for row in (dict.fromkeys(header) | dict(zip(header, row)) for row in cells if row):
         try:
             captions = json.loads(row["raw"])
             if not isinstance(captions, list): raise TypeError(f"it is a {type(captions).__name__}")
-        except (json.JSONDecodeError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}, line {rows.line_num}: the column raw is not a JSON list of captions "
                              f"({error})") from None
-        for caption in captions or [""]: yield row["filename"], caption, split_of(row["split"])
+        for caption in captions or [""]: yield row["filename"], caption, split_of(row["split"] or "")
 
 
 def read_flickr30k(
@@ -480,6 +481,8 @@ def _entries(path, data, key, needs, holds):
         absent = [name for name in needs if name not in entry] if isinstance(entry, dict) else needs
         if absent:
             raise ValueError(f"{path}: {key}[{number}] has no {' and no '.join(map(repr, absent))}; expected {holds}")
+        odd = [name for name in needs if name != "sentences" and not isinstance(entry[name], (str, int, float, type(None)))]
+        if odd: raise ValueError(f"{path}: {odd[0]} of {key}[{number}] is a {type(entry[odd[0]]).__name__}; expected {holds}")
         yield entry
 
 
@@ -503,7 +506,7 @@ def read_karpathy(
             try: captions = [s["raw"] if "raw" in s else " ".join(s["tokens"]) for s in image["sentences"]]
             except (KeyError, TypeError):
                 raise ValueError(f"{file}: a sentence of {image['filename']} has neither raw nor tokens; expected {holds}") from None
-            for caption in captions or [""]: yield image["filename"], caption, split_of(image["split"])
+            for caption in captions or [""]: yield image["filename"], caption, split_of(str(image["split"]))
 
     folders = ("train2014", "val2014", "images/train2014", "images/val2014", *_FLICKR_PHOTOS, "images", ".")
     beside = file.parent.relative_to(root)  # photos may be in the folder, or where the file itself is
@@ -541,7 +544,7 @@ def read_coco(
                     raise ValueError(f"{file}: annotations[{number}] is of image {entry['image_id']!r}, which is not in "
                                      "images; this file is not whole")
                 yield names[entry["image_id"]], entry["caption"], part
-            for bare in sorted(names.keys() - {entry["image_id"] for entry in data["annotations"]}): yield names[bare], "", part
+            for bare in sorted(names.keys() - {entry["image_id"] for entry in data["annotations"]}, key=str): yield names[bare], "", part
 
     folders = [f"{part}{year}" for part in ("train", "val", "test") for year in sorted(years)]
     return rows, Folders(root, *folders, *(f"images/{name}" for name in folders), "images", "Images", ".")
@@ -722,11 +725,11 @@ def read_img2dataset(
             part = split_of(str(place))
             for key, photo, caption, metadata in _samples(shard):
                 if photo is None: continue
-                image, url = (place/photo).as_posix(), metadata.get("url")
+                image, url = (place/photo).as_posix(), metadata.get("url") if isinstance(metadata.get("url"), str) else None
                 first = taken.setdefault((part, url or image), image)
                 if first != image: left_out["photos fetched twice"] += 1
                 if caption is not None and not table:
-                    for text in [caption] if isinstance(caption, str) else caption: yield first, text, part
+                    for text in caption if isinstance(caption, list) else [caption]: yield first, text, part
                     continue
                 if by_url is None:
                     by_url = _captions_by_url([table] if table else sorted(root.glob("*.tsv")))
@@ -739,7 +742,8 @@ def read_img2dataset(
             stats = shard.with_name(f"{place.name}_stats.json")
             if stats.is_file():
                 counts = read_json(stats, "img2dataset's counts")
-                failed = counts.get("count", 0) - counts.get("successes", 0)
+                try: failed = counts.get("count", 0) - counts.get("successes", 0)
+                except (AttributeError, TypeError): raise ValueError(f"{stats} has no counts; expected what img2dataset writes, or no such file") from None
                 if failed: left_out["photos that could not be fetched"] += failed
 
     return rows, Folders(root) if shards[0].is_dir() else Tars(root)
