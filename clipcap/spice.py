@@ -96,7 +96,7 @@ def start_java():
                                    f"{METEOR_JAR} on its class path; call clipcap.spice.start_java() "
                                    "before it does")
         else:
-            home, options = java_home(), [*JAVA_OPTIONS]
+            home, options = java_home(), [*JAVA_OPTIONS, *os.environ.get("CLIPCAP_JAVA_OPTIONS", "").split()]
             if (java_version(home) or 0) >= 17: options.append("--enable-native-access=ALL-UNNAMED")
             hidden = {name: os.environ.pop(name) for name in JAVA_VARIABLES if name in os.environ}
             try:

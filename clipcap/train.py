@@ -96,8 +96,8 @@ def _cut_metrics(folder, epoch):
 
 def _append_metrics(folder, metrics):
     "A line at the end of `metrics.jsonl`, in place of what an interrupted epoch left there."
-    _cut_metrics(folder, metrics["epoch"] - 1)
-    with open(folder/"metrics.jsonl", "a", encoding="utf-8") as file: file.write(json.dumps(metrics) + "\n")
+    kept = [m for m in read_metrics(folder) if m["epoch"] < metrics["epoch"]]
+    with atomic_path(folder/"metrics.jsonl") as temporary: temporary.write_text("".join(json.dumps(m) + "\n" for m in [*kept, metrics]), "utf-8")
 
 
 def finish_epoch(
