@@ -83,7 +83,8 @@ def why_run(
     if by_hand or entry["config"] != now["config"]: return "it was run by hand with other settings"
     for earlier, started in entry["built_on"].items():
         if run.stage_entry(earlier)["started"] != started: return f"{earlier} has run since"
-    for name in _MAKES.get(stage, []):
+    trained = [f"checkpoints/mapping_network_epoch_{entry['epochs']}.pth"] if stage == "03_train" and "epochs" in entry else []
+    for name in [*_MAKES.get(stage, []), *trained]:
         if not (run.path/name).is_file(): return f"{name} is missing"
     caches = [entry.get("embeddings"), *entry.get("views", [])] if not now["config"]["embeddings"] else []
     for cache in filter(None, caches):

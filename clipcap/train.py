@@ -165,6 +165,8 @@ def resume(
     model.gpt2.load_state_dict(state.get("gpt2", {}), strict=False)
     optimizer.load_state_dict(state["optimizer"])
     average.load_state_dict(state.get("average", {}))
+    if PartialState().is_main_process and not (folder/f"checkpoints/mapping_network_epoch_{state['epoch']}.pth").is_file():
+        with average.in_place(): save_weights(folder, model, state["epoch"])  # it was lost
     return state["epoch"]
 
 # %% ../nbs/03_train.ipynb #3c5c0002
