@@ -12,6 +12,7 @@
 # make store-check   a store of 2 million embeddings: memory, items a second, first batch; table in outputs/store.csv
 # make scaling   one process and two, training and embedding at full size; table in outputs/scaling.csv
 # make compare RUNS="demo other"   runs side by side, with intervals, tests and yardsticks
+# make faults   kill, fill up, take away, run twice: every stage, for real; table in outputs/faults.csv
 # make faithful is what 06_attention shows true? deletion, insertion and pointing, on RUN
 # make mini     draw the embedded scenes and train the miniature backbones anew
 # make export   notebooks -> clipcap/ and README.md
@@ -27,7 +28,7 @@ PRESET ?= mini
 SET ?=
 FORCE ?=
 
-.PHONY: run test test-cluster real flickr8k full-size-check benchmark planning ablation search compare faithful mini export readme lab store-check scaling
+.PHONY: run test test-cluster real flickr8k full-size-check benchmark planning ablation search compare faithful faults mini export readme lab store-check scaling
 
 run: $(VENV)/installed
 	$(BIN)/python -m clipcap.pipeline --run $(RUN) --preset $(PRESET) $(if $(FORCE),--force) $(SET)
@@ -109,6 +110,10 @@ compare: $(VENV)/installed
 
 faithful: $(VENV)/installed
 	$(BIN)/papermill nbs/06b_faithful.ipynb outputs/faithful.ipynb -k python3 -p run "$(RUN)"
+
+faults: $(VENV)/installed
+	@mkdir -p outputs
+	$(BIN)/papermill nbs/16_faults.ipynb outputs/faults.ipynb -k python3 -p everything True -p csv_file outputs/faults.csv
 
 mini: $(VENV)/installed
 	$(BIN)/papermill nbs/09_mini.ipynb outputs/09_mini.ipynb -k python3 -p train True

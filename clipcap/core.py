@@ -544,12 +544,13 @@ def _recorded(self, stage, config, needs):
              "process": f"{os.getpid()} on {socket.gethostname()}"}
     self.update(stages={**stages, stage: {**entry, **environment()}})
     clock, notes = time.monotonic(), {}
-    try: yield notes
+    try:
+        yield notes
+        self.update_stage(stage, **notes, finished=_now(), seconds=round(time.monotonic() - clock, 1))
     except BaseException as error:
         with suppress(OSError):  # a full disk: `run.json` stays as it was, with a stage that began and did not end
             self.update_stage(stage, **notes, error=f"{type(error).__name__}: {error}")
         raise
-    self.update_stage(stage, **notes, finished=_now(), seconds=round(time.monotonic() - clock, 1))
 
 
 def stage(

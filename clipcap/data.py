@@ -515,6 +515,7 @@ def _see_photos(names, source, config, run):
         _refuse(missing, source.photos, run)
     folder, bad = embed_photos(source.photos, names, *_eye(config))
     if bad and (config.on_bad_image == "stop" or len(bad) == len(names)): _refuse(bad, source.photos, run)
+    (run.path/"bad_images.csv").unlink(missing_ok=True)  # of an earlier try
     return folder, bad
 
 
