@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODULES', 'stage_cells', 'serve']
 
-# %% ../nbs/16_faults.ipynb #df9153ec
+# %% ../nbs/16_faults.ipynb #21cb5691
 import ast
 import builtins
 import hashlib
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from .core import project_root
 
-# %% ../nbs/16_faults.ipynb #d68131a3
+# %% ../nbs/16_faults.ipynb #db0bb2cb
 def _names(tree):
     "Names that a cell defines at its top, and those that it reads."
     defined, stack = set(), list(tree.body)
@@ -58,7 +58,7 @@ def stage_cells(
             if earlier and not chosen & {*earlier}: chosen.add(earlier[0]); todo.append(earlier[0])
     return [cells[k][0] for k in sorted(chosen)]
 
-# %% ../nbs/16_faults.ipynb #2d225d4f
+# %% ../nbs/16_faults.ipynb #2a0b68ca
 MODULES = {"01_data": "data", "02_model": "model", "03_train": "train", "03c_scst": "scst", "04_evaluate": "evaluate",
            "05_error_analysis": "analysis", "06_attention": "attention", "10_report": "report"}
 
