@@ -13,6 +13,7 @@
 # make scaling   one process and two, training and embedding at full size; table in outputs/scaling.csv
 # make compare RUNS="demo other"   runs side by side, with intervals, tests and yardsticks
 # make verify   does RUN still hold what it recorded? files, inputs, scores from its captions
+# make faults   kill, fill up, take away, run twice: every stage, for real; table in outputs/faults.csv
 # make faithful is what 06_attention shows true? deletion, insertion and pointing, on RUN
 # make fuzz     random files against everything that reads one, SECONDS each; finds in outputs/fuzz. Installs atheris first
 # make mini     draw the embedded scenes and train the miniature backbones anew
@@ -37,7 +38,7 @@ SET ?=
 FORCE ?=
 
 .PHONY: run test test-cluster real flickr8k full-size-check benchmark planning ablation search compare faithful mini export readme lab store-check scaling \
-	lock test-oldest licences wheel-check verify fuzz
+	lock test-oldest licences wheel-check verify fuzz faults
 
 run: $(VENV)/installed
 	$(BIN)/python -m clipcap.pipeline --run $(RUN) --preset $(PRESET) $(if $(FORCE),--force) $(SET)
@@ -131,6 +132,10 @@ fuzz: $(VENV)/fuzz
 $(VENV)/fuzz: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet "atheris>=3.0,<4"
 	@touch $@
+
+faults: $(VENV)/installed
+	@mkdir -p outputs
+	$(BIN)/papermill nbs/16_faults.ipynb outputs/faults.ipynb -k python3 -p everything True -p csv_file outputs/faults.csv
 
 mini: $(VENV)/installed
 	$(BIN)/papermill nbs/09_mini.ipynb outputs/09_mini.ipynb -k python3 -p train True

@@ -4,30 +4,36 @@
 
 # %% auto #0
 __all__ = ['PLUS', 'PRESETS', 'STAGE_FIELDS', 'WAYS', 'MAKES', 'ALSO_MAKES', 'SEAL', 'project_root', 'resolve_path',
-           'outputs_dir', 'asset_path', 'atomic_path', 'write_json', 'save_figure', 'hash_file', 'Config',
-           'preset_changes', 'make_config', 'parse_changes', 'stage_config', 'seed_everything', 'pick_device',
-           'environment', 'made_files', 'seal', 'Run', 'check_earlier', 'stage', 'record', 'check_preset', 'open_run',
-           'notebook_parameters']
+           'outputs_dir', 'asset_path', 'atomic_path', 'clear_strays', 'write_json', 'save_figure', 'hash_file',
+           'Config', 'preset_changes', 'make_config', 'parse_changes', 'stage_config', 'seed_everything', 'pick_device',
+           'environment', 'made_files', 'seal', 'Run', 'hold_run', 'stop_on_sigterm', 'check_earlier', 'stage',
+           'record', 'check_preset', 'open_run', 'notebook_parameters']
 
 # %% ../nbs/00_core.ipynb #45f0c40e
 import dataclasses
 import difflib
+import errno
 import hashlib
 import json
 import math
 import os
 import platform
 import random
+import signal
+import socket
 import subprocess
+import threading
 import time
 import typing
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
+
+from filelock import FileLock, Timeout
 
 # %% ../nbs/00_core.ipynb #e54eb741
 def project_root() -> Path:  # folder that relative paths start from
@@ -60,23 +66,65 @@ def asset_path(
     return Path(clipcap.__path__[0])/"assets"/name
 
 # %% ../nbs/00_core.ipynb #4b11ee77
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _flock(file):
+    "Lock an open file for as long as it is open; whether that could be done."
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError): return False  # Windows; somebody else's; a file system without locks
+    return True
+
+
+def _is_full(error): return getattr(error, "errno", None) in _FULL or "No space left" in str(error)  # safetensors has errors of its own
+
+
+def _why_unwritten(path, error):
+    "The error in words where a disk is full or a folder read-only; else the error itself."
+    if _is_full(error): return OSError(errno.ENOSPC, f"{path} can't be written: its disk is full; make room, and run the same again. "
+                                                     "What was there before is kept")
+    if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM): return error
+    return OSError(error.errno, f"{path} can't be written ({os.strerror(error.errno)}); make its folder writable, or choose another "
+                                "for all runs: CLIPCAP_OUTPUTS=FOLDER")
+
+
 @contextmanager
 def atomic_path(
     path: str | Path,  # final path; its folder is made where missing
 ):
-    "Yield a temporary path to write to; it becomes `path` when the block ends without an error."
+    """Yield a temporary path to write to; it becomes `path` when the block ends without an error.
+
+    Raises `OSError` naming `path` where the disk is full or the folder read-only."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        temporary = Path(file.name)
     try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False)
+    except OSError as error: raise _why_unwritten(path, error) from None
+    temporary = Path(file.name)
+    try:
+        with file:
+            if not _flock(file): file.close()  # open, and locked, for `clear_strays`: its writer lives
+            yield temporary
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            temporary.chmod(0o644)
+            os.replace(temporary, path)
+    except Exception as error:
+        if not _is_full(error): raise
+        raise _why_unwritten(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_strays(
+    folder: str | Path,  # looked through with all below it
+):
+    "Remove temporary files of `atomic_path` whose process was killed; those of living ones stay."
+    for path in Path(folder).rglob(".*.tmp"):
+        with suppress(OSError), open(path, "r+b") as file:
+            if _flock(file): path.unlink()
 
 
 def write_json(
@@ -488,6 +536,54 @@ class Run:
         entry = {**stages.get(stage, {}), **entries}
         self.update(stages={**stages, stage: {**entry, SEAL: seal(entry)}})
 
+# %% ../nbs/00_core.ipynb #5fa00002
+_HELD = "CLIPCAP_HELD"  # a variable of the environment: the run folder that a parent process holds for its children
+
+
+@contextmanager
+def _locked(run, name, seconds=2):  # a killed process's children take a second to end
+    "Hold one lock of a run."
+    lock = FileLock(run.path/f".{name}.lock", timeout=seconds)
+    try: lock.acquire()
+    except Timeout:
+        busy = [f"{stage} since {e['started'][:16]}, process {e.get('process')}" for stage, e in run.manifest.get("stages", {}).items()
+                if "finished" not in e and "error" not in e]
+        raise BlockingIOError(f"run {run.name!r} is being worked on by another process{''.join(f' ({b})' for b in busy[-1:])}; wait until it "
+                              "has ended, or choose another run name. Nothing was changed") from None
+    except OSError as error: raise _why_unwritten(run.path, error) from None
+    try: yield
+    finally: lock.release()
+
+
+@contextmanager
+def hold_run(
+    run,  # `Run`
+    children: bool = False,  # True: for the stages that processes started in the block will run
+):
+    "Keep other processes out of a run. Raises `BlockingIOError` where one is at work."
+    run.path.mkdir(parents=True, exist_ok=True)
+    before = os.environ.get(_HELD)
+    with ExitStack() as held:
+        if before != str(run.path): held.enter_context(_locked(run, "run"))
+        if not children: held.enter_context(_locked(run, "stage"))
+        else: os.environ[_HELD] = str(run.path)
+        try: yield
+        finally:
+            if children: os.environ.pop(_HELD) if before is None else os.environ.update({_HELD: before})
+
+# %% ../nbs/00_core.ipynb #5fa00005
+def _stop(number, frame): raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+@contextmanager
+def stop_on_sigterm():
+    "SIGTERM raises `KeyboardInterrupt` in the block; where somebody listens to it already, or outside of the main thread, nothing changes."
+    listen = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if listen: signal.signal(signal.SIGTERM, _stop)
+    try: yield
+    finally:
+        if listen: signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
 # %% ../nbs/00_core.ipynb #fcb77da9
 def check_earlier(
     run: Run,  # whose stages they are
@@ -519,18 +615,28 @@ def _made(run, stage, entry, before, only="*"):
 @contextmanager
 def _stage(self, stage, config, needs=()):
     check_earlier(self, stage, config, needs)
-    self.path.mkdir(parents=True, exist_ok=True)
+    with hold_run(self), stop_on_sigterm():
+        clear_strays(self.path)
+        with _recorded(self, stage, config, needs) as notes: yield notes
+
+
+@contextmanager
+def _recorded(self, stage, config, needs):
+    "The stage's part of `run.json`."
     self.update(config=dataclasses.asdict(config), seed=config.seed)
     stages = self.manifest.get("stages", {})
     built_on = {s: stages[s]["started"] for s in needs}
-    entry = {"started": _now(), "built_on": built_on, "config": stage_config(config, stage)}
+    entry = {"started": _now(), "built_on": built_on, "config": stage_config(config, stage),
+             "process": f"{os.getpid()} on {socket.gethostname()}"}
     self.update(stages={**stages, stage: {**entry, **environment()}})
     clock, notes = time.monotonic(), {}
-    try: yield notes
+    try:
+        yield notes
+        self.update_stage(stage, **notes, **_made(self, stage, notes, stages.get(stage, {})), finished=_now(), seconds=round(time.monotonic() - clock, 1))
     except BaseException as error:
-        self.update_stage(stage, **notes, error=f"{type(error).__name__}: {error}")
+        with suppress(OSError):  # a full disk: `run.json` stays as it was, with a stage that began and did not end
+            self.update_stage(stage, **notes, error=f"{type(error).__name__}: {error}")
         raise
-    self.update_stage(stage, **notes, **_made(self, stage, notes, stages.get(stage, {})), finished=_now(), seconds=round(time.monotonic() - clock, 1))
 
 
 def stage(

@@ -538,6 +538,7 @@ def _see_photos(names, source, config, run):
         _refuse(missing, source.photos, run)
     folder, bad = embed_photos(source.photos, names, *_eye(config))
     if bad and (config.on_bad_image == "stop" or len(bad) == len(names)): _refuse(bad, source.photos, run)
+    (run.path/"bad_images.csv").unlink(missing_ok=True)  # of an earlier try
     return folder, bad
 
 
@@ -640,15 +641,19 @@ def load_data(
     run: Run,  # whose `01_data` has finished
     config: Config,  # of the run
 ) -> Data:  # table, embeddings and photos
-    "Open what `prepare_data` made. Raises `ValueError` where `01_data` has not finished."
+    """Open what `prepare_data` made. Raises `ValueError` where `01_data` has not finished, and
+    `FileNotFoundError` where something of it is gone."""
     check_earlier(run, "load_data", config, ["01_data"])
     entry = run.stage_entry("01_data")
     store = (resolve_path(config.embeddings) if config.embeddings
              else outputs_dir()/entry["embeddings"])
-    table = pd.read_csv(run.path/"captions_table.csv", dtype=str, keep_default_na=False)
+    def gone(what): return FileNotFoundError(f"{what}; make it again: papermill nbs/01_data.ipynb OUT.ipynb -p run {run.name}")
+    try: table = pd.read_csv(run.path/"captions_table.csv", dtype=str, keep_default_na=False)
+    except FileNotFoundError: raise gone(f"{run.path/'captions_table.csv'} is missing") from None
     views = [outputs_dir()/folder for folder in entry.get("views", [])]
     photos = None if "store" in entry else find_source(data_folder(config)).photos
-    return Data(table, Embeddings(store, *views), photos)
+    try: return Data(table, Embeddings(store, *views), photos)
+    except FileNotFoundError as error: raise error if config.embeddings else gone(error) from None
 
 # %% ../nbs/01_data.ipynb #0d129e22
 def show_photos(

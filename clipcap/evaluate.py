@@ -37,11 +37,13 @@ def write_captions(
 def read_captions_json(
     path: str | Path,  # written by `write_captions`
 ) -> dict[str, str]:  # image -> caption
-    "Read captions in COCO's result format. Raises `ValueError` naming a file that is none."
+    "Read captions in COCO's result format. Raises `FileNotFoundError` or `ValueError` naming a file that is missing or none."
     try:
         captions = {row["image_id"]: row["caption"] for row in json.loads(Path(path).read_text("utf-8"))}
         if not all(isinstance(text, str) for pair in captions.items() for text in pair): raise TypeError("both must be text")
         return captions
+    except FileNotFoundError: raise FileNotFoundError(
+        f"{path} is missing; first: papermill nbs/04_evaluate.ipynb OUT.ipynb -p run {Path(path).absolute().parent.name}") from None
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is not in COCO's result format, a list of image_id and caption "
                          f"({type(error).__name__}: {error}); write it again") from None

@@ -570,8 +570,8 @@ def checkpoint_paths(
     found = {int(p.stem.rsplit("_", 1)[1]): p
              for p in (run.path/"checkpoints").glob("mapping_network_epoch_*.pth")}
     if not found:
-        raise ValueError(f"run {run.name!r} has no checkpoint; train it first: papermill "
-                         f"nbs/03_train.ipynb OUT.ipynb -p run {run.name}")
+        raise ValueError(f"run {run.name!r} has no checkpoint; train it first: papermill nbs/03_train.ipynb OUT.ipynb "
+                         f"-p run {run.name}, which writes checkpoints/mapping_network_epoch_*.pth again where they are lost")
     metrics = read_metrics(run.path)
     metrics = [m for m in metrics if "reward" in m] or metrics  # of 03c_scst, where it has run
     if epoch == "best": epoch = best_epoch(metrics, run.config().best_by)

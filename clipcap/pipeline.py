@@ -9,6 +9,7 @@ __all__ = ['depends_on', 'why_run', 'run_stages', 'summary', 'collect_controls',
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from pathlib import Path
 from fastcore.script import Param, call_parse
 
 from .core import (MAKES, STAGE_FIELDS, Config, Run, asset_path, atomic_path, check_preset,
-                          make_config, outputs_dir, parse_changes, project_root, resolve_path, stage_config)
+                          hold_run, make_config, outputs_dir, parse_changes, project_root, resolve_path, stage_config,
+                          stop_on_sigterm)
 from .readers import find_source
 
 # %% ../nbs/11_pipeline.ipynb #054ecdcb
@@ -74,7 +76,8 @@ def why_run(
     if by_hand or entry["config"] != now["config"]: return "it was run by hand with other settings"
     for earlier, started in entry["built_on"].items():
         if run.stage_entry(earlier)["started"] != started: return f"{earlier} has run since"
-    for name in (name.format(split="test") for name in MAKES.get(stage, ())):
+    trained = [f"checkpoints/mapping_network_epoch_{entry['epochs']}.pth"] if stage == "03_train" and "epochs" in entry else []
+    for name in [*(name.format(split="test") for name in MAKES.get(stage, ())), *trained]:
         if not (run.path/name).is_file(): return f"{name} is missing"
     caches = [entry.get("embeddings"), *entry.get("views", [])] if not now["config"]["embeddings"] else []
     for cache in filter(None, caches):
@@ -91,8 +94,9 @@ def run_stages(
     notebooks: Path | None = None,  # their folder; the project's `nbs` where None
     **changes,  # fields of `Config`
 ) -> list[str]:  # the stages that ran
-    "Run the stage notebooks under papermill, skipping those that are up to date."
-    import papermill
+    """Run the stage notebooks under papermill, skipping those that are up to date.
+
+    Raises `BlockingIOError` where another process is at work in the run."""
     run, config = Run(run), make_config(preset, **changes)
     notebooks = notebooks or project_root()/"nbs"
     check_preset(run, preset)
@@ -100,26 +104,43 @@ def run_stages(
     if missing:
         raise FileNotFoundError(f"{notebooks} has no {', '.join(missing)}: the pipeline runs the notebooks of a checkout; start it "
                                 "inside of one, or do without them: python -m clipcap.train, then clipcap caption and clipcap score")
-    run.update(preset=preset, config=dataclasses.asdict(config),
-               stages=run.manifest.get("stages", {}))
-    ran = []
-    for stage in stages:
-        if stage == "03c_scst" and not (config.scst_epochs or (run.path/"checkpoints/scst.pt").is_file()): continue
-        now = depends_on(stage, config, notebooks)
-        why = "FORCE" if force else why_run(run, stage, now)
-        if not why: continue
-        print(f"{stage}: {why}", file=sys.stderr)
-        parameters = {"run": run.name, "preset": preset}
-        if stage in ("03_train", "03c_scst"): parameters["restart"] = force or "if changed"
-        _remember(run, stage, now, complete=False)
-        out = run.path/"notebooks"/f"{stage}.ipynb"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        papermill.execute_notebook(
-            str(notebooks/f"{stage}.ipynb"), str(out), parameters, kernel_name="python3",
-            cwd=str(project_root()), stderr_file=sys.stderr, **({} if tests or tests is None and preset == "mini" else {"skip_cells_with_tag": "test"}))
-        _remember(run, stage, now, complete=True)
-        ran.append(stage)
-    return ran
+    with hold_run(run, children=True), stop_on_sigterm():
+        run.update(preset=preset, config=dataclasses.asdict(config),
+                   stages=run.manifest.get("stages", {}))
+        ran = []
+        for stage in stages:
+            if stage == "03c_scst" and not (config.scst_epochs or (run.path/"checkpoints/scst.pt").is_file()): continue
+            now = depends_on(stage, config, notebooks)
+            why = "FORCE" if force else why_run(run, stage, now)
+            if not why: continue
+            print(f"{stage}: {why}", file=sys.stderr)
+            parameters = {"run": run.name, "preset": preset}
+            if stage in ("03_train", "03c_scst"): parameters["restart"] = force or "if changed"
+            _remember(run, stage, now, complete=False)
+            _execute(notebooks/f"{stage}.ipynb", run.path/"notebooks"/f"{stage}.ipynb", parameters,
+                     tests or tests is None and preset == "mini")
+            _remember(run, stage, now, complete=True)
+            ran.append(stage)
+        return ran
+
+
+def _execute(notebook, out, parameters, tests):
+    "Run a notebook. `out` is written when it ends, well or not; papermill writes in place, and a killed one leaves half a file."
+    import papermill
+    part = out.with_suffix(".running.ipynb")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try: papermill.execute_notebook(
+        str(notebook), str(part), parameters, kernel_name="python3", cwd=str(project_root()),
+        stderr_file=sys.stderr, **({} if tests else {"skip_cells_with_tag": "test"}))
+    finally:
+        if part.is_file() and _is_whole(part): os.replace(part, out)
+        part.unlink(missing_ok=True)
+
+
+def _is_whole(notebook):
+    "Whether a file is JSON to its end."
+    try: return bool(json.loads(notebook.read_text("utf-8")))
+    except ValueError: return False
 
 
 def _remember(run, stage, now, complete):

@@ -96,7 +96,7 @@ def start_java():
                                    f"{METEOR_JAR} on its class path; call clipcap.spice.start_java() "
                                    "before it does")
         else:
-            home, options = java_home(), [*JAVA_OPTIONS]
+            home, options = java_home(), [*JAVA_OPTIONS, *os.environ.get("CLIPCAP_JAVA_OPTIONS", "").split()]
             if (java_version(home) or 0) >= 17: options.append("--enable-native-access=ALL-UNNAMED")
             hidden = {name: os.environ.pop(name) for name in JAVA_VARIABLES if name in os.environ}
             try:
@@ -410,7 +410,9 @@ def too_long(
 def parse_with_java(
     captions: list[str],  # different ones
 ) -> dict[str, list[list[str]]]:  # caption -> tuples; without those that the parser failed on
-    "SPICE's own parser, in as many threads as there are cores."
+    """SPICE's own parser, in as many threads as there are cores.
+
+    MemoryError where Java has too little memory for any of several captions."""
     def parsed(some):
         with _quiet_java() as said: found = java.tuples(jpype.java.util.ArrayList(some))
         if "out of memory" in str(said): raise MemoryError(str(said))
@@ -419,9 +421,13 @@ def parse_with_java(
         start_java()
         java = _spice()
         try: return parsed(captions)
-        except (jpype.JException, MemoryError):
+        except (jpype.JException, MemoryError) as error:
             if len(captions) == 1: return {}
-    return {c: tuples for one in captions for c, tuples in parse_with_java([one]).items()}
+            full = isinstance(error, MemoryError) or "OutOfMemoryError" in str(error)
+    found = {c: tuples for one in captions for c, tuples in parse_with_java([one]).items()}
+    if full and not found: raise MemoryError(  # it is not the captions: as empty ones they would score 0
+        f"Java has too little memory to parse any of {len(captions)} captions; give it more: CLIPCAP_JAVA_OPTIONS=-Xmx2g") from None
+    return found
 
 # %% ../nbs/02c_spice.ipynb #bb930f14
 _KNOWN: dict[str, dict] = {}  # kind -> key -> value: this process's copy

@@ -96,8 +96,8 @@ def _cut_metrics(folder, epoch):
 
 def _append_metrics(folder, metrics):
     "A line at the end of `metrics.jsonl`, in place of what an interrupted epoch left there."
-    _cut_metrics(folder, metrics["epoch"] - 1)
-    with open(folder/"metrics.jsonl", "a", encoding="utf-8") as file: file.write(json.dumps(metrics) + "\n")
+    kept = [m for m in read_metrics(folder) if m["epoch"] < metrics["epoch"]]
+    with atomic_path(folder/"metrics.jsonl") as temporary: temporary.write_text("".join(json.dumps(m) + "\n" for m in [*kept, metrics]), "utf-8")
 
 
 def finish_epoch(
@@ -170,6 +170,8 @@ def resume(
         average.load_state_dict(state.get("average", {}))
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder/'checkpoints'/name} does not fit this model ({error!s:.600}); begin anew: restart=True") from None
+    if PartialState().is_main_process and not (folder/f"checkpoints/mapping_network_epoch_{state['epoch']}.pth").is_file():
+        with average.in_place(): save_weights(folder, model, state["epoch"])  # it was lost
     return state["epoch"]
 
 # %% ../nbs/03_train.ipynb #3c5c0002
