@@ -16,6 +16,7 @@
 # make faults   kill, fill up, take away, run twice: every stage, for real; table in outputs/faults.csv
 # make faithful is what 06_attention shows true? deletion, insertion and pointing, on RUN
 # make fuzz     random files against everything that reads one, SECONDS each; finds in outputs/fuzz. Installs atheris first
+# make mutation  small faults, one at a time: do the tests notice? NUMBER a module; table in outputs/mutation.csv, gone on with
 # make mini     draw the embedded scenes and train the miniature backbones anew
 # make export   notebooks -> clipcap/ and README.md
 # make lab      JupyterLab
@@ -38,7 +39,7 @@ SET ?=
 FORCE ?=
 
 .PHONY: run test test-cluster real flickr8k full-size-check benchmark planning ablation search compare faithful mini export readme lab store-check scaling \
-	lock test-oldest licences wheel-check verify fuzz faults
+	lock test-oldest licences wheel-check verify fuzz faults mutation
 
 run: $(VENV)/installed
 	$(BIN)/python -m clipcap.pipeline --run $(RUN) --preset $(PRESET) $(if $(FORCE),--force) $(SET)
@@ -131,6 +132,14 @@ fuzz: $(VENV)/fuzz
 
 $(VENV)/fuzz: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet "atheris>=3.0,<4"
+	@touch $@
+
+NUMBER ?= 50
+mutation: $(VENV)/mutation
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python .ci/mutate.py --number $(NUMBER)
+
+$(VENV)/mutation: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet "cosmic-ray>=8.7,<9"
 	@touch $@
 
 faults: $(VENV)/installed
