@@ -671,7 +671,9 @@ def show_photos(
     figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(3.2*columns, height))
     figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.5/height, bottom=text_height/height,
                            wspace=0.06, hspace=text_height/3)
-    for ax in axes.flat: ax.axis("off")
+    for ax in axes.flat:
+        ax.axis("off")
+        ax.set_anchor("NW")  # a narrow photo's text has the width of the column, too
     for name, text, ax in zip(names, wrapped, axes.flat):
         photo = data.photo(name)
         ax.imshow(photo if photo is not None else Image.new("RGB", (128, 128), "lightgrey"))
