@@ -163,7 +163,7 @@ def main():
     with TemporaryDirectory() as temporary:
         folder = Path(args.scratch or temporary)
         if (folder/"seconds.json").is_file(): seconds = json.loads((folder/"seconds.json").read_text())
-        else:
+        elif wanted:
             folder.mkdir(exist_ok=True)
             (folder/"seconds.json").write_text(json.dumps(seconds := baseline(folder)))
         for mutant in tqdm(wanted, "faults", unit="fault"):
