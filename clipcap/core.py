@@ -465,12 +465,12 @@ def _now() -> str:
 
 def _check_manifest(path, value):
     "Raise `ValueError` where a `run.json` is not made as ours are."
+    def parts(of, *names): return [(name, of.get(name, {})) for name in names] if isinstance(of, dict) else []
     stages = value.get("stages", {}) if isinstance(value, dict) else {}
-    parts = {"it": value, "stages": stages} | (value if isinstance(value, dict) else {})
-    parts = {name: part for name, part in parts.items() if name in ("it", "stages", "config")}
-    for name, entry in stages.items() if isinstance(stages, dict) else ():
-        parts |= {name: entry, f"config of {name}": entry.get("config", {}) if isinstance(entry, dict) else {}}
-    for name, part in parts.items():
+    pairs = [("it", value), *parts(value, "config", "stages")]
+    for stage, entry in stages.items() if isinstance(stages, dict) else ():
+        pairs += [(f"stage {stage}", entry), *((f"{name} of {stage}", part) for name, part in parts(entry, "config", "made", "built_on", "packages", "hardware"))]
+    for name, part in pairs:
         if not isinstance(part, dict):
             raise ValueError(f"{path}: {name} is a {type(part).__name__}, and must be an object; put the file right, or delete it to start "
                              "the run anew")
