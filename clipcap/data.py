@@ -406,9 +406,9 @@ def load_tokenizer(
     bare = Path(path, "vocab.json").is_file() and not Path(path, "tokenizer.json").is_file()
     kind = GPT2TokenizerFast if bare else AutoTokenizer  # bare: as OpenAI published it
     try: tokenizer = kind.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # some versions ask for other packages where there are no files
         raise ValueError(f"gpt2_model={name!r} can't be loaded: it is neither a folder with a "
-                         f"tokenizer nor a name that the hub answers ({error}). Without a connection: "
+                         f"tokenizer nor a name that the hub answers ({error!s:.600}). Without a connection: "
                          "pass gpt2_model=FOLDER, with the hub's config.json, model.safetensors, "
                          "vocab.json and merges.txt in it") from None
     special = {"bos_token": "<|startoftext|>", "pad_token": "[PAD]"}
