@@ -168,7 +168,7 @@ def resume(
         model.gpt2.load_state_dict(state.get("gpt2", {}), strict=False)
         optimizer.load_state_dict(state["optimizer"])
         average.load_state_dict(state.get("average", {}))
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder/'checkpoints'/name} does not fit this model ({error!s:.600}); begin anew: restart=True") from None
     if PartialState().is_main_process and not (folder/f"checkpoints/mapping_network_epoch_{state['epoch']}.pth").is_file():
         with average.in_place(): save_weights(folder, model, state["epoch"])  # it was lost
