@@ -196,6 +196,9 @@ def _token_rows(path):
         yield image, caption
 
 
+def _csv(path): return csv.reader(io.StringIO(read_text(path).replace("\0", " "), newline=""))  # Python 3.10's refuses NUL
+
+
 def csv_rows(
     rows,  # `csv.reader`
     path: str | Path,  # of what it reads, for the message
@@ -211,7 +214,7 @@ _HEADERS = (["image", "caption"], ["image_name", "comment_number", "comment"])  
 
 def _csv_rows(path):
     "Pairs (image, caption) of Kaggle's layout."
-    rows = csv.reader(io.StringIO(read_text(path), newline=""))
+    rows = _csv(path)
     cells = csv_rows(rows, path)
     header = [name.strip() for name in next(cells, [])]
     if header not in _HEADERS:
@@ -433,7 +436,7 @@ def _bar_rows(path):
 
 def _annotation_rows(path):
     "Rows (image, caption, split) of flickr_annotations_30k.csv."
-    rows = csv.reader(io.StringIO(read_text(path), newline=""))
+    rows = _csv(path)
     cells = csv_rows(rows, path)
     header = next(cells, [])
     absent = {"raw", "split", "filename"} - set(header)
