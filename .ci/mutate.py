@@ -81,9 +81,9 @@ def put(mutant, project):
     def cells(code): return dict(zip(*[iter(re.split(r"^# %% \S+ #(\w+)\n", code, flags=re.M)[1:])]*2))
     path, notebook = project/f"clipcap/{mutant['module']}.py", project/f"nbs/{TESTED_BY[mutant['module']][0]}.ipynb"
     was, now, nb = cells(path.read_text("utf-8")), cells(mutant["code"]), json.loads(notebook.read_text("utf-8"))
-    changed = [cell for cell in nb["cells"] if was.get(cell["id"]) != now.get(cell["id"])]
-    assert len(changed) == 1, f"{len(changed)} cells of {notebook.name} differ"
-    changed[0]["source"] = "#| export\n" + re.sub(r"^from \.", "from clipcap.", now[changed[0]["id"]], flags=re.M)
+    changed = [cell for cell in nb["cells"] if cell["id"] in now and was.get(cell["id"]) != now[cell["id"]]]  # not one whose heading the fault took
+    assert changed, f"no cell of {notebook.name} differs"
+    for cell in changed: cell["source"] = "#| export\n" + re.sub(r"^from \.", "from clipcap.", now[cell["id"]], flags=re.M)
     path.write_text(mutant["code"], "utf-8")
     notebook.write_text(json.dumps(nb), "utf-8")
 
