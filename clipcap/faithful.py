@@ -122,7 +122,7 @@ def faithfulness(
             both = torch.stack([torch.stack(pair) for pair in pairs]).mean((0, 2)).numpy()  # (2, steps + 1)
             curves.setdefault(name, []).append(both)
             for test, curve in zip(("deletion", "insertion"), both):
-                rows.setdefault(image, {})[test, name] = np.trapezoid(curve)/steps
+                rows.setdefault(image, {})[test, name] = torch.trapezoid(torch.from_numpy(curve)).item()/steps
     areas = pd.DataFrame.from_dict(rows, orient="index")
     areas.columns = pd.MultiIndex.from_tuples(areas.columns, names=["test", "order"])
     return areas, {name: np.mean(c, axis=0) for name, c in curves.items()}
@@ -151,7 +151,7 @@ def plot_curves(
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
     for test, ax in enumerate(axes):
         for (name, both), style in zip(curves.items(), ("o-", "s--", "^:")):
-            area = np.trapezoid(both[test])/(both.shape[1] - 1)
+            area = torch.trapezoid(torch.from_numpy(both[test])).item()/(both.shape[1] - 1)
             ax.plot(np.linspace(0, 100, both.shape[1]), both[test], style, label=f"{name} ({area:.2f})")
         ax.set(title=("Deletion: lower is better", "Insertion: higher is better")[test],
                xlabel=f"% of {hidden} {('hidden', 'shown')[test]}, the first in order first")
