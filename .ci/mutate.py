@@ -149,7 +149,7 @@ def main():
     parser.add_argument("--number", type=int, default=60, help="faults drawn from each module")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", default="outputs/mutation.csv", help="gone on with where it was begun; a fault is known by its lines")
-    parser.add_argument("--again", action="store_true", help="try those that were not noticed again")
+    parser.add_argument("--again", action="store_true", help="try those that were neither noticed nor explained again")
     parser.add_argument("--scratch", help="folder that keeps the runs without a fault")
     args = parser.parse_args()
     import accelerate, clip, matplotlib.pyplot, nbdev.test, papermill, peft, torch, transformers  # noqa: once, before the forks
@@ -161,7 +161,7 @@ def main():
         found, places = mutants(module, args.number, args.seed)
         print(f"{module}: {len(found)} faults drawn from {places} places", flush=True)
         drawn += found
-    wanted = [m for m in drawn if (r := rows.get((m["module"], m["fault"], m["before"], m["after"]))) is None or args.again and not r["noticed_by"]]
+    wanted = [m for m in drawn if (r := rows.get((m["module"], m["fault"], m["before"], m["after"]))) is None or args.again and not r["noticed_by"] + r["explained"]]
     with TemporaryDirectory() as temporary:
         folder = Path(args.scratch or temporary)
         if (folder/"seconds.json").is_file(): seconds = json.loads((folder/"seconds.json").read_text())
