@@ -66,7 +66,7 @@ def plot_error_rates(
         ax.set_title(f"Most frequent: {rates[own].idxmax()}, in {rates[own].max():.0f}% of the {own}'s captions")
     ax.set(xlabel="captions with such an error (%)", xlim=(0, None))
     ax.invert_yaxis()
-    ax.legend()
+    ax.legend(loc="lower right")
 
 # %% ../nbs/05_error_analysis.ipynb #9daf0051
 def error_table(

@@ -207,11 +207,14 @@ class Config:
     checkpoint: str = "last"  # of the "last" epoch, of the "best", or the "average" of all that are kept
     members: str = ""  # names of other trained runs that write along, each word by the mean of all
     num_beams: int = 5  # beams of the search
+    start_token: str = "free"  # "free": the model has to write it, as in the original; "given": captions begin with it
     length_penalty: float = 1.0  # beams are ranked by log-likelihood over length to this power
     no_repeat_ngram: int = 0  # tokens of a run that may not come twice; 0: any may
     temperature: float = 0.0  # 0: the likeliest; above: drawn by chance, samples below too
     top_p: float = 1.0  # drawn from the likeliest words that together have this share
     rerank: str = "none"  # "mbr", "consensus", "regression", "clip": the best of beams, samples and neighbours' captions
+    beam_groups: int = 1  # groups of beams among the candidates, searched one after the other
+    diversity_penalty: float = 1.0  # nats that a word loses for each beam of an earlier group that has it at the same place
     samples: int = 0  # captions drawn as candidates beside the beams
     neighbours: int = 60  # training images whose captions are asked, for "consensus" and "regression"
     ridge: float = 1.0  # how little a single training image is believed, for "regression"
@@ -239,13 +242,14 @@ _CHOICES = {
     "checkpoint": ("last", "best", "average"),
     "rerank": ("none", "mbr", "consensus", "regression", "clip"),
     "schedule": ("constant", "linear", "cosine"),
+    "start_token": ("free", "given"),
 }
 _AT_LEAST = {  # smallest possible value of each number
     "seed": 0, "prefix_length": 1, "num_layers": 1, "num_heads": 1, "feedforward_dim": 1,
     "dropout": 0, "epochs": 1, "batch_size": 1, "learning_rate": 0, "weight_decay": 0,
     "max_length": 3, "num_beams": 1, "eval_batch_size": 1, "embedding_noise": 0, "embedding_dropout": 0,
     "warmup": 0, "accumulate": 1, "clip_norm": 0, "label_smoothing": 0, "token_dropout": 0, "ema": 0, "patience": 0,
-    "length_penalty": 0, "no_repeat_ngram": 0, "temperature": 0, "top_p": 0, "samples": 0, "neighbours": 1, "likelihood_weight": 0,
+    "length_penalty": 0, "no_repeat_ngram": 0, "temperature": 0, "top_p": 0, "samples": 0, "beam_groups": 1, "diversity_penalty": 0, "neighbours": 1, "likelihood_weight": 0,
     "ridge": 0, "views": 0, "lora_rank": 1, "prompt_length": 0, "gpt2_learning_rate": 0, "scst_epochs": 0, "scst_learning_rate": 0,
     "scst_samples": 2,
 }
@@ -275,13 +279,17 @@ def _check_config(config):
     if config.views and config.prompt_length:
         raise ValueError(f"views={config.views} and prompt_length={config.prompt_length} don't go together: a view is not known for its "
                          "photo, whose own caption would stand in its prompt; set one of them to 0")
+    if config.scst_epochs and config.start_token != "given":
+        raise ValueError(f"scst_epochs={config.scst_epochs} trains what comes after the start token, which has to be given when captions "
+                         "are written, too; set start_token=given")
+    if config.num_beams % config.beam_groups:
+        raise ValueError(f"num_beams={config.num_beams} can't be dealt to beam_groups={config.beam_groups}; choose a multiple, such as {config.beam_groups*-(-config.num_beams//config.beam_groups)}")
+    if config.beam_groups > 1 and config.rerank == "none":
+        raise ValueError(f"beam_groups={config.beam_groups} finds candidates, and rerank='none' does not choose among them; set rerank")
     if config.rerank == "regression" and not config.ridge: raise ValueError("ridge=0 leaves rerank='regression' without a solution; choose 0.1 or more")
 
 # %% ../nbs/00_core.ipynb #ec65f88c
-PLUS = dict(
-    mapping_network="transformer_clip_tokens", embedding_scaling="standard", embedding_dropout=0.2, dropout=0.2,
-    caption_sampling="all", learning_rate=2e-5, schedule="cosine", warmup=0.1,
-    rerank="regression", samples=20, temperature=0.7, likelihood_weight=0.01)
+PLUS = dict(caption_sampling="all", rerank="regression", samples=20, temperature=0.7)
 PRESETS = {
     "flickr8k": Config(),
     "flickr8k_plus": Config(**PLUS),
@@ -343,15 +351,15 @@ STAGE_FIELDS = {
                  "clip_norm", "label_smoothing", "token_dropout", "ema", "patience", "max_length",
                  "caption_sampling", "keep", "best_by"),
     "03c_scst": ("scst_epochs", "scst_learning_rate", "scst_samples"),
-    "04_evaluate": ("checkpoint", "members", "num_beams", "length_penalty", "no_repeat_ngram", "temperature", "top_p", "rerank",
-                    "samples", "neighbours", "ridge", "likelihood_weight", "eval_batch_size"),
+    "04_evaluate": ("checkpoint", "members", "num_beams", "start_token", "length_penalty", "no_repeat_ngram", "temperature", "top_p", "rerank",
+                    "beam_groups", "diversity_penalty", "samples", "neighbours", "ridge", "likelihood_weight", "eval_batch_size"),
     "05_error_analysis": (),
     "06_attention": (),
     "10_report": (),
 }
 
 
-WAYS = ("members", "length_penalty", "no_repeat_ngram", "temperature", "top_p", "rerank", "samples", "neighbours", "ridge",
+WAYS = ("members", "start_token", "length_penalty", "no_repeat_ngram", "temperature", "top_p", "rerank", "beam_groups", "diversity_penalty", "samples", "neighbours", "ridge",
         "likelihood_weight")  # how a caption is written, beside beams: a protocol names those that are not the original's
 
 

@@ -665,7 +665,7 @@ def show_photos(
 ):  # matplotlib figure
     "A page of photos with text; a photo that is not here leaves a grey field."
     import matplotlib.pyplot as plt
-    wrapped = [[w for line in text.split("\n") for w in textwrap.wrap(line, 34)] for text in texts]
+    wrapped = [[w for line in text.split("\n") for w in textwrap.wrap(line, 31)] for text in texts]
     rows, text_height = -(-len(names)//columns), 0.22*max(map(len, wrapped)) + 0.1  # inches
     height = 3*rows + text_height*rows + 0.5
     figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(3.2*columns, height))

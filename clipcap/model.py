@@ -241,6 +241,8 @@ def generate_ids(
     num_beams: int = 5,  # 1: greedy
     temperature: float = 0.,  # 0: the most probable; above: drawn by chance, from `torch`'s generator
     num_return_sequences: int = 1,  # R, of each image: the best beams, or as many draws
+    start_token: str = "free",  # "given": captions begin with it; "free": where the model writes it
+    processors: list = (),  # further `LogitsProcessor`s
     **options,  # others of transformers' `generate`
 ) -> torch.Tensor:  # (B*R, T) token ids, filled up with `[PAD]`
     "Continue each image's prefix with transformers' beam search, or sampling."
@@ -251,23 +253,30 @@ def generate_ids(
     prefix, cache = prefix.to(model.gpt2.dtype), DynamicCache(config=model.gpt2.config)
     if prefix.shape[1] > 1: model.gpt2.base_model(inputs_embeds=prefix[:, :-1], past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(max(num_beams, num_return_sequences))
-    if model.members:
-        options["logits_processor"] = LogitsProcessorList([AveragedPredictions(model.members, embeddings, max(num_beams, num_return_sequences))])
+    members = [AveragedPredictions(model.members, embeddings, max(num_beams, num_return_sequences))] if model.members else []
+    begin = [partial(_start_alone, model.tokenizer.bos_token_id)] if start_token == "given" else []
     ids = model.gpt2.generate(
         inputs_embeds=prefix, past_key_values=cache, attention_mask=prefix.new_ones(prefix.shape[:2]).long(),
         max_new_tokens=max_length, max_length=None, num_beams=num_beams,
         do_sample=temperature > 0, temperature=temperature or None, early_stopping=num_beams > 1,
         bos_token_id=model.tokenizer.bos_token_id, eos_token_id=model.tokenizer.eos_token_id,
-        pad_token_id=model.tokenizer.pad_token_id, num_return_sequences=num_return_sequences, **options)
+        pad_token_id=model.tokenizer.pad_token_id, num_return_sequences=num_return_sequences,
+        logits_processor=LogitsProcessorList([*members, *processors, *begin]), **options)
     model.train(was_training)
     return ids
 
 
+def _start_alone(start, written, scores):
+    "As long as nothing is written, no other token is possible."
+    return scores if written.shape[1] else torch.full_like(scores, -torch.inf).index_copy(1, (only := torch.tensor([start], device=scores.device)), scores[:, only])
+
+
 def generation_options(
-    config: Config,  # its `length_penalty`, `no_repeat_ngram`, `temperature`, `top_p`
+    config: Config,  # its `start_token`, `length_penalty`, `no_repeat_ngram`, `temperature`, `top_p`
 ) -> dict:  # for `generate_ids`; what does nothing is left out
     "How a caption is written, beside beams and length."
     options = {"temperature": config.temperature}
+    if config.start_token != "free": options["start_token"] = config.start_token
     if config.num_beams > 1 and config.length_penalty != 1: options["length_penalty"] = config.length_penalty
     if config.no_repeat_ngram: options["no_repeat_ngram_size"] = config.no_repeat_ngram
     if config.temperature: options.update(top_p=config.top_p, top_k=0)  # transformers draws from 50 words unless told
@@ -474,9 +483,10 @@ def best_epoch(
     metrics: list[dict],  # from `read_metrics`
     by: str = "loss",  # "loss": lowest `val_loss`; "cider": highest `val_cider`
 ) -> int:  # the first of the best
-    "Which epoch did best on the validation split."
-    if by == "cider":
-        judged = [m for m in metrics if "val_cider" in m]
+    "Which epoch did best on the validation split. Where `03c_scst` has trained on, its epochs are judged, by CIDEr."
+    rewarded = [m for m in metrics if "reward" in m]
+    if by == "cider" or rewarded:
+        judged = rewarded or [m for m in metrics if "val_cider" in m]
         if not judged: raise ValueError("best_by='cider', but metrics.jsonl has no val_cider: its epochs were trained with best_by='loss'; "
                                         "ask for that, or train anew with restart=True")
         return max(judged, key=lambda m: m["val_cider"])["epoch"]
