@@ -13,32 +13,39 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
 
-# they need no other notebook's files, and time nothing: two at a time, a thread each, the longest first
-SIDE_BY_SIDE = ("08_sweep 08c_search 09_mini 04c_errors 02d_metrics 15_hostile 00_core 00b_download 00c_readers 01c_networks 02b_literal "
-                "02f_optimize 02g_neighbours 02h_prompts 00d_parallel 07b_planning 10b_verify 09b_card").split()
+# one after another: each reads what those before it left in the run `demo`
+STAGES = ("01_data 01d_store 02_model 03_train 03b_decode 03c_scst 04_evaluate 04b_compare 05_error_analysis 06_attention 06b_faithful 06c_explore "
+          "10_report 14_cluster index").split()
+# they time what they do: alone
+TIMED = "07_benchmark 07c_scaling".split()
+# of the others, which need nobody's files, these take longest and begin
+LONG = "08_sweep 08c_search 13_full_size 11_pipeline 09_mini 04c_errors 02c_spice".split()
 
 
-def test_notebook(path, outputs, **more):
+def test_notebook(path, outputs=None, **more):
     "Run one notebook under nbdev_test; stages leave their files in `outputs`, for the next. True where all pass."
-    env = {**os.environ, "CLIPCAP_OUTPUTS": str(outputs), "TQDM_DISABLE": "1", "MPLBACKEND": "agg", **more}
-    started = time.monotonic()
-    done = subprocess.run([BIN/"nbdev_test", "--path", path], cwd=ROOT, env=env, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with TemporaryDirectory() as own:
+        env = {**os.environ, "CLIPCAP_OUTPUTS": str(outputs or own), "TQDM_DISABLE": "1", "MPLBACKEND": "agg", **more}
+        started = time.monotonic()
+        done = subprocess.run([BIN/"nbdev_test", "--path", path], cwd=ROOT, env=env, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     print(f"{done.stdout}{'FAILED' if done.returncode else 'passed'}  {path.name}  {time.monotonic() - started:.0f} s", flush=True)
-    return not done.returncode
+    return {path.name: not done.returncode}
 
 
-def test_alone(path):
-    "Run one notebook that needs no other's files."
-    with TemporaryDirectory() as outputs: return test_notebook(path, outputs, OMP_NUM_THREADS="1")
+def test_stages(paths):
+    "Run notebooks in order, on one folder of outputs. Name -> passed."
+    with TemporaryDirectory() as outputs:
+        return {name: ok for path in paths for name, ok in test_notebook(path, outputs, OMP_NUM_THREADS="1").items()}
 
 
 def test_notebooks(paths):
-    "Run notebooks: those that may run side by side, then the others in order. Name -> passed."
-    free = sorted((path for path in paths if path.stem in SIDE_BY_SIDE), key=lambda path: SIDE_BY_SIDE.index(path.stem))
-    with ThreadPoolExecutor(2) as pool: results = dict(zip([p.name for p in free], pool.map(test_alone, free)))
-    with TemporaryDirectory() as outputs:
-        return results | {path.name: test_notebook(path, outputs) for path in paths if path not in free}
+    "Run notebooks, two at a time on a thread each; those that time something then. Name -> passed."
+    stages, timed = ([path for path in paths if path.stem in names] for names in (STAGES, TIMED))
+    free = sorted((path for path in paths if path.stem not in STAGES + TIMED), key=lambda path: path.stem not in LONG)
+    with ThreadPoolExecutor(2) as pool:
+        side_by_side = [pool.submit(test_stages, stages), *(pool.submit(test_notebook, path, OMP_NUM_THREADS="1") for path in free)]
+    return {name: ok for done in [*(job.result() for job in side_by_side), *map(test_notebook, timed)] for name, ok in done.items()}
 
 
 def contents(folder, pattern):
