@@ -19,7 +19,7 @@ STAGES = ("01_data 01d_store 02_model 03_train 03b_decode 03c_scst 04_evaluate 0
 # they time what they do: alone
 TIMED = "07_benchmark 07c_scaling".split()
 # of the others, which need nobody's files, these take longest and begin
-LONG = "08_sweep 08c_search 13_full_size 11_pipeline 09_mini 04c_errors 02c_spice".split()
+LONG = "02c_spice 08_sweep 13_full_size 09_mini 11_pipeline 04c_errors 08c_search".split()
 
 
 def test_notebook(path, outputs=None, **more):
@@ -34,15 +34,16 @@ def test_notebook(path, outputs=None, **more):
 
 
 def test_stages(paths):
-    "Run notebooks in order, on one folder of outputs. Name -> passed."
+    "Run notebooks in order, on one folder of outputs; what SPICE has parsed for `make run` it need not parse again. Name -> passed."
     with TemporaryDirectory() as outputs:
+        if (parses := ROOT/"outputs/cache/spice-parses").is_dir(): shutil.copytree(parses, Path(outputs)/"cache/spice-parses")
         return {name: ok for path in paths for name, ok in test_notebook(path, outputs, OMP_NUM_THREADS="1").items()}
 
 
 def test_notebooks(paths):
     "Run notebooks, two at a time on a thread each; those that time something then. Name -> passed."
     stages, timed = ([path for path in paths if path.stem in names] for names in (STAGES, TIMED))
-    free = sorted((path for path in paths if path.stem not in STAGES + TIMED), key=lambda path: path.stem not in LONG)
+    free = sorted((path for path in paths if path.stem not in STAGES + TIMED), key=lambda path: [*LONG, path.stem].index(path.stem))
     with ThreadPoolExecutor(2) as pool:
         side_by_side = [pool.submit(test_stages, stages), *(pool.submit(test_notebook, path, OMP_NUM_THREADS="1") for path in free)]
     return {name: ok for done in [*(job.result() for job in side_by_side), *map(test_notebook, timed)] for name, ok in done.items()}
