@@ -23,7 +23,7 @@ LONG = "02c_spice 08_sweep 13_full_size 09_mini 11_pipeline 04c_errors 08c_searc
 
 
 def test_notebook(path, outputs=None, **more):
-    "Run one notebook under nbdev_test; stages leave their files in `outputs`, for the next. True where all pass."
+    "Run one notebook under nbdev_test, in a folder of its own or in `outputs`, where stages leave files for the next. Name -> passed."
     with TemporaryDirectory() as own:
         env = {**os.environ, "CLIPCAP_OUTPUTS": str(outputs or own), "TQDM_DISABLE": "1", "MPLBACKEND": "agg", **more}
         started = time.monotonic()

@@ -15,7 +15,7 @@ import torch
 from .core import Config, seed_everything
 from .data import Data, encode_captions
 from .metrics import tokenize
-from .model import ClipCapModel, generate_ids, generation_options, plain_writer
+from .model import ClipCapModel, generate_ids, generation_options, ids_to_text, plain_writer
 from .neighbours import CiderVectors, ExpectedSimilarity, RegressionWeights, agreement, nearest_training_images
 
 # %% ../nbs/03b_decode.ipynb #a2e9d9a8
@@ -72,7 +72,7 @@ def candidate_captions(
     config: Config,  # its `num_beams`, `beam_groups`, `samples`, `temperature`, `top_p`, `max_length`, `seed`
 ) -> list[list[str]]:  # of each image: its beams, the best first, then its samples
     "Several captions of each image."
-    def texts_of(ids): return [[" ".join(text.split()) for text in model.tokenizer.batch_decode(rows, skip_special_tokens=True)] for rows in ids]
+    def texts_of(ids): return [ids_to_text(model.tokenizer, rows) for rows in ids]
     beams = texts_of(diverse_beams(model, embeddings, config, **generation_options(dataclasses.replace(config, temperature=0.))))
     if not config.samples: return beams
     drawn = dataclasses.replace(config, num_beams=1, temperature=config.temperature or 1., length_penalty=1.)
@@ -80,7 +80,6 @@ def candidate_captions(
         seed_everything(config.seed)
         ids = generate_ids(embeddings, model, config.max_length, 1, num_return_sequences=config.samples, **generation_options(drawn))
     return [a + b for a, b in zip(beams, texts_of(ids.view(len(embeddings), config.samples, -1)))]
-
 
 # %% ../nbs/03b_decode.ipynb #44457956
 @torch.inference_mode()

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'MappingNetwork', 'GridMapping', 'check_features', 'load_gpt2', 'gpt2_hash', 'ClipCapModel',
-           'AveragedPredictions', 'generate_ids', 'generation_options', 'written_by', 'generate_from_embeddings',
-           'plain_writer', 'caption_images', 'generate_caption_batch', 'generate_caption', 'tune_gpt2',
-           'trained_weights', 'load_model', 'save_checkpoint', 'load_checkpoint', 'read_metrics', 'best_epoch',
-           'load_run', 'load_ensemble', 'save_weights', 'load_weights', 'checkpoint_path', 'checkpoint_paths',
-           'never_trained', 'parameter_table']
+           'AveragedPredictions', 'generate_ids', 'generation_options', 'written_by', 'ids_to_text',
+           'generate_from_embeddings', 'plain_writer', 'caption_images', 'generate_caption_batch', 'generate_caption',
+           'tune_gpt2', 'trained_weights', 'load_model', 'save_checkpoint', 'load_checkpoint', 'read_metrics',
+           'best_epoch', 'load_run', 'load_ensemble', 'save_weights', 'load_weights', 'checkpoint_path',
+           'checkpoint_paths', 'never_trained', 'parameter_table']
 
 # %% ../nbs/02_model.ipynb #ded27b94
 import hashlib
@@ -242,7 +242,7 @@ def generate_ids(
     temperature: float = 0.,  # 0: the most probable; above: drawn by chance, from `torch`'s generator
     num_return_sequences: int = 1,  # R, of each image: the best beams, or as many draws
     start_token: str = "free",  # "given": captions begin with it; "free": where the model writes it
-    processors: list = (),  # further `LogitsProcessor`s
+    processors: tuple = (),  # further `LogitsProcessor`s
     **options,  # others of transformers' `generate`
 ) -> torch.Tensor:  # (B*R, T) token ids, filled up with `[PAD]`
     "Continue each image's prefix with transformers' beam search, or sampling."
@@ -290,6 +290,14 @@ def written_by(
     return {"num_beams": config.num_beams} | {n: getattr(config, n) for n in WAYS if getattr(config, n) != getattr(Config, n)}
 
 
+def ids_to_text(
+    tokenizer,  # from `load_tokenizer`
+    ids: torch.Tensor,  # (B, T) from `generate_ids`
+) -> list[str]:  # B captions
+    "Token ids as text: no special tokens, single spaces."
+    return [" ".join(text.split()) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
 def generate_from_embeddings(
     embeddings: torch.Tensor,  # (B, clip_dim) or (B, T, clip_dim)
     model: ClipCapModel,  # any
@@ -300,9 +308,7 @@ def generate_from_embeddings(
 ) -> list[str]:  # B captions, or B*R
     "Caption images that are given by their embeddings."
     if not len(embeddings): return []
-    ids = generate_ids(embeddings, model, max_length, num_beams, temperature, **options)
-    texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [" ".join(text.split()) for text in texts]
+    return ids_to_text(model.tokenizer, generate_ids(embeddings, model, max_length, num_beams, temperature, **options))
 
 
 def plain_writer(

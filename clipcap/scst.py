@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .core import Config, Run, seed_everything
 from .data import FlickrDataset, load_data
 from .metrics import tokenize
-from .model import ClipCapModel, best_epoch, generate_ids, load_run, read_metrics
+from .model import ClipCapModel, best_epoch, generate_ids, ids_to_text, load_run, read_metrics
 from .optimize import Average
 from .train import (finish_epoch, forget_later, recipe_changes, resume, trained_so_far,
                            validation_cider, validation_loss)
@@ -105,7 +105,7 @@ def scst_loss(
 ) -> tuple[torch.Tensor, float]:  # a loss, whose gradient is that of minus the expected reward; the mean reward
     "Draw captions and weigh their log-likelihoods by how good they are (Rennie et al. 2017, §3)."
     ids, mask = draw_captions(model, embeddings, config)  # (I*R, T)
-    texts = [" ".join(text.split()) for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    texts = ids_to_text(model.tokenizer, ids)
     number = config.scst_samples
     rewards = torch.tensor(reward([texts[k:k + number] for k in range(0, len(texts), number)])).float()  # (I, R)
     losses = drawn_losses(model, embeddings, ids, mask)
@@ -170,10 +170,10 @@ def train_scst(
 def starting_epoch(
     run: Run,  # with `03_train` finished
     config: Config,  # its `best_by`
+    trained: int,  # epochs of 03_train
     epoch: int | str | None = None,  # a number, "best" of 03_train's, or None: its last
 ) -> int:  # checkpoint of 03_train
     "Where training for CIDEr begins."
-    trained = trained_so_far(run.path)["epoch"]
     if epoch == "best": return best_epoch([m for m in read_metrics(run.path) if m["epoch"] <= trained], config.best_by)
     return trained if epoch is None else epoch
 
@@ -188,7 +188,7 @@ def scst_run(
     before, trained = trained_so_far(run.path, "scst.pt"), trained_so_far(run.path)
     if not before and trained: forget_later(run.path, trained["epoch"])  # a checkpoint that was killed half-way
     if not (before or config.scst_epochs): return pd.DataFrame()
-    begin = starting_epoch(run, config, epoch)
+    begin = starting_epoch(run, config, trained["epoch"], epoch)
     if begin > trained["epoch"]: raise ValueError(
         f"epoch={epoch} is not one of 03_train's, which trained run {run.name!r} for {trained['epoch']}; choose an earlier one")
     recipe = {**trained["recipe"], "epochs": config.epochs, "begin": begin,

@@ -310,7 +310,6 @@ def preset_evidence(
             rows[field]["helps"] = "yes" if found.difference_low[recipe] > 0 else "not significantly"
     return pd.DataFrame(rows).T.reindex(columns=["flickr8k", preset, "row", "difference", "difference_low", "difference_high", "helps"])
 
-
 # %% ../nbs/08_sweep.ipynb #6c3a8feb
 def plot_ablation(
     results: pd.DataFrame,  # from `sweep`
