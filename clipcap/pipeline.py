@@ -89,7 +89,6 @@ def run_stages(
     run: str = "demo",  # folder under `outputs/`
     preset: str = "mini",  # key of `PRESETS`
     force: bool = False,  # run every stage, finished or not
-    tests: bool | None = None,  # cells tagged `test` are skipped or not; None: not with the preset "mini", whose data they want
     stages=tuple(STAGE_FIELDS),  # which
     notebooks: Path | None = None,  # their folder; the project's `nbs` where None
     **changes,  # fields of `Config`
@@ -117,21 +116,20 @@ def run_stages(
             parameters = {"run": run.name, "preset": preset}
             if stage in ("03_train", "03c_scst"): parameters["restart"] = force or "if changed"
             _remember(run, stage, now, complete=False)
-            _execute(notebooks/f"{stage}.ipynb", run.path/"notebooks"/f"{stage}.ipynb", parameters,
-                     tests or tests is None and preset == "mini")
+            _execute(notebooks/f"{stage}.ipynb", run.path/"notebooks"/f"{stage}.ipynb", parameters)
             _remember(run, stage, now, complete=True)
             ran.append(stage)
         return ran
 
 
-def _execute(notebook, out, parameters, tests):
+def _execute(notebook, out, parameters):
     "Run a notebook. `out` is written when it ends, well or not; papermill writes in place, and a killed one leaves half a file."
     import papermill
     part = out.with_suffix(".running.ipynb")
     out.parent.mkdir(parents=True, exist_ok=True)
     try: papermill.execute_notebook(
         str(notebook), str(part), parameters, kernel_name="python3", cwd=str(project_root()),
-        stderr_file=sys.stderr, **({} if tests else {"skip_cells_with_tag": "test"}))
+        stderr_file=sys.stderr, skip_cells_with_tag="test")
     finally:
         if part.is_file() and _is_whole(part): os.replace(part, out)
         part.unlink(missing_ok=True)
