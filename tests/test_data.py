@@ -1,0 +1,361 @@
+"""CLIP, the embedding cache, the data set and the first stage (clipcap.data)."""
+import functools
+import inspect
+import shutil
+import threading
+import urllib.request
+import zipfile
+from hashlib import md5
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from clip.model import CLIP
+from PIL import Image
+from safetensors import safe_open
+
+from clipcap import data as module
+from clipcap.core import ENCODERS, Config, Run, open_run
+from clipcap.data import (FLICKR8K, Data, FlickrDataset, _refuse, cache_folder, data_folder, download_flickr8k, embed_photos, encode_grid,
+                          encode_images, load_clip, load_data, prepare_data, show_photos)
+from clipcap.formats.embeddings import Embeddings, write_embeddings
+from clipcap.formats.photos import read_photo
+from clipcap.formats.readers import SPLITS, find_layout, official_split, read_captions
+from clipcap.formats.tokenizer import encode_captions
+
+TEXT = dict(context_length=8, vocab_size=20, transformer_width=64, transformer_heads=1, transformer_layers=1)
+
+
+def random_vit(): return CLIP(32, 64, vision_layers=2, vision_width=64, vision_patch_size=32, **TEXT).eval()
+
+
+# --- CLIP
+
+def test_clip_is_frozen_float32_and_known_by_its_weights(clip_mini, monkeypatch):
+    model, preprocess, encoder = clip_mini
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert load_clip("mini")[2] == encoder
+    monkeypatch.setattr("clip.load", lambda *_, **__: (model, preprocess))
+    assert load_clip("ViT-B/32")[2] == encoder.replace("mini", "ViT-B/32")
+
+
+def test_unknown_clip_is_named():
+    with pytest.raises(ValueError, match="clip_model='ViT-Z/9' is neither a file nor one of \\['RN50'"): load_clip("ViT-Z/9")
+
+
+@pytest.mark.numerics
+def test_grid_is_made_of_the_models_own_pieces(clip_mini):
+    model, pictures = clip_mini[0], torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    visual = model.visual
+    with torch.no_grad():
+        patches = visual.conv1(pictures).flatten(2).transpose(1, 2)  # (B, T, width)
+        tokens = torch.cat([visual.class_embedding.expand(2, 1, -1), patches], 1) + visual.positional_embedding
+        tokens = visual.transformer(visual.ln_pre(tokens).transpose(0, 1)).transpose(0, 1)
+        tokens = visual.ln_post(tokens) @ visual.proj
+    torch.testing.assert_close(encode_images(model, pictures), tokens[:, 0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(encode_grid(model, pictures), tokens[:, 1:], rtol=1e-3, atol=1e-3)
+    assert not visual.transformer._forward_hooks
+
+
+@pytest.mark.numerics
+def test_half_precision_state_dict_loads_as_float32(tmp_path):
+    vit = random_vit()
+    torch.save({k: v.half() for k, v in vit.state_dict().items()}, tmp_path/"vit.pt")
+    loaded, preprocess, name = load_clip(str(tmp_path/"vit.pt"))
+    assert name.startswith("vit.pt@") and preprocess(Image.new("L", (90, 50))).shape == (3, 64, 64)
+    vit.load_state_dict({k: v.half().float() for k, v in vit.state_dict().items()})
+    picture = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(encode_images(loaded, picture), vit.encode_image(picture).detach(), rtol=1e-2, atol=1e-2)
+    assert encode_grid(loaded, picture).shape == (2, 4, 32)
+
+
+def test_file_that_is_no_clip_is_named(tmp_path):
+    torch.save({"something": torch.zeros(2)}, tmp_path/"else.pt")
+    with pytest.raises(ValueError, match="else.pt' is not a CLIP as openai/CLIP saves it"): load_clip(str(tmp_path/"else.pt"))
+
+
+def test_resnet_has_no_patches():
+    resnet = CLIP(32, 64, (1, 1, 1, 1), 16, None, **TEXT)
+    with pytest.raises(ValueError, match="this CLIP sees with a ModifiedResNet; choose a clip_model such as 'ViT-B/32'"): encode_grid(resnet, torch.randn(2, 3, 64, 64))
+
+
+def test_without_a_connection_file_hash_and_place_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setattr(urllib.request, "_opener", None)
+    text = "Without a connection: put ViT-B-32.pt \\(SHA-256 40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af\\) in ~/.cache/clip"
+    with pytest.raises(OSError, match=text): load_clip("ViT-B/32")
+
+
+def test_a_new_encoder_is_one_line(monkeypatch, tmp_path, outputs, scenes, scene_captions):
+    class Sums(torch.nn.Module):
+        "Encodes a photo by the mean of each colour."
+        def __init__(self): super().__init__(); self.weight = torch.nn.Parameter(torch.ones(3))
+        def encode_image(self, images): return images.mean((2, 3))*self.weight
+    monkeypatch.setitem(ENCODERS, "sums", lambda: (Sums(), load_clip("mini")[1]))
+    root, names = photo_folder(tmp_path, scenes, scene_captions, 20)
+    entry, data = run_stage("sums", root, clip_model="sums")
+    assert entry["encoder"].startswith("sums@") and entry["embedding_dim"] == 3 and set(data.embeddings.names) == set(names)
+
+
+# --- the cache
+
+@pytest.fixture
+def counted(clip_mini):
+    "A function that encodes images, and the sizes of the batches it was given."
+    sizes = []
+    def encode(images): sizes.append(len(images)); return encode_images(clip_mini[0], images)
+    return encode, sizes
+
+
+def copied(scenes, scene_captions, folder, number=20):
+    "Copies of some scenes, and their names."
+    folder.mkdir(parents=True)
+    names = sorted(scene_captions.image.unique())[:number]
+    for name in names: shutil.copy(scenes.photos/name, folder/name)
+    return folder, names
+
+
+@pytest.mark.numerics
+def test_stopped_encoding_goes_on_with_the_rest(outputs, scenes, scene_captions, clip_mini, counted):
+    model, preprocess, _ = clip_mini
+    names, (encode, sizes) = sorted(scene_captions.image.unique())[:20], counted
+    def interrupted(images):
+        if sum(sizes) + len(images) == 20: sizes.append(4); raise KeyboardInterrupt  # Ctrl-C when the last batch comes
+        return encode(images)
+    def embed(encode): return embed_photos(scenes.photos, names, encode, preprocess, "test", batch_size=4, shard_size=8)
+    with pytest.raises(KeyboardInterrupt): embed(interrupted)
+    assert sizes == [4]*5
+    folder, bad = embed(encode)
+    assert (sizes[5:], bad) == ([4], {})  # 16 of the 20 were there
+    assert embed(encode) == (folder, {}) and sizes[6:] == []
+    alone = torch.cat([model.encode_image(preprocess(Image.open(scenes.photos/n).convert("RGB"))[None]) for n in names]).detach()
+    torch.testing.assert_close(Embeddings(folder).stack(names), alone, rtol=1e-3, atol=1e-3)
+
+
+def test_replaced_photo_is_encoded_again_and_bad_ones_are_named(outputs, scenes, scene_captions, tmp_path, clip_mini, counted):
+    (encode, sizes), (photos, names) = counted, copied(scenes, scene_captions, tmp_path/"photos")
+    def embed(): return embed_photos(photos, names, encode, clip_mini[1], "other", batch_size=4, shard_size=8)
+    embed(); sizes.clear()
+    shutil.copy(scenes.photos/names[0], photos/names[9])
+    folder, bad = embed()
+    assert (sizes, bad) == ([4, 4], {})  # its shard, no other
+    torch.testing.assert_close(Embeddings(folder)[names[9]], Embeddings(folder)[names[0]], rtol=1e-3, atol=1e-3)
+    (photos/names[2]).write_bytes(b"damaged")
+    (photos/names[3]).unlink()
+    folder, bad = embed()
+    assert list(bad) == [names[2], names[3]] and "can't be read as a photo" in bad[names[2]] and bad[names[3]] == "missing"
+    assert Embeddings(folder).names == [n for n in names if n not in bad]
+    for name in names: (photos/name).unlink(missing_ok=True)
+    assert len(embed()[1]) == 20  # a folder in which no photo can be read still gives its list
+
+
+def test_cache_belongs_to_encoder_preprocess_photos_and_names(scenes, scene_captions, outputs):
+    names, (_, preprocess, _) = sorted(scene_captions.image.unique())[:5], load_clip("mini")
+    key = cache_folder("a@1", preprocess, scenes.photos, names)
+    assert cache_folder("a@1", load_clip("mini")[1], scenes.photos, names) == key
+    others = {cache_folder("a@2", preprocess, scenes.photos, names), cache_folder("a@1", preprocess, scenes.photos, names[1:]),
+              cache_folder("a@1", preprocess, scenes.photos.parent, names), cache_folder("a@1", print, scenes.photos, names)}
+    assert len({key, *others}) == 5
+
+
+# --- the data set
+
+TABLE = pd.DataFrame({"image": list("bbbaa"), "caption": ["a red dog", "one dog", "a dog runs here", "two cats", "cats"]})
+
+
+@pytest.fixture
+def store(tmp_path):
+    write_embeddings(tmp_path/"x.safetensors", ["a", "b"], torch.arange(8.).view(2, 4), "test")
+    return Embeddings(tmp_path/"x.safetensors")
+
+
+def test_one_caption_is_drawn_per_image_and_epoch(store, tokenizer):
+    dataset = FlickrDataset(TABLE, store, tokenizer)
+    assert (len(dataset), dataset.images, dataset.references["a"]) == (2, ["a", "b"], ["two cats", "cats"])
+    assert torch.equal(dataset[1]["embedding"], store["b"])
+    drawn = {}
+    for epoch in range(30):
+        dataset.set_epoch(epoch)
+        drawn[epoch] = dataset[1]["caption"]
+    assert set(drawn.values()) == set(dataset.references["b"])
+    dataset.set_epoch(7)
+    assert dataset[1]["caption"] == drawn[7]
+
+
+def test_a_batch_has_each_image_once_and_pads_its_captions(store, tokenizer):
+    dataset = FlickrDataset(TABLE, store, tokenizer, caption_sampling="all")
+    assert [dataset[i]["caption"] for i in range(5)] == ["two cats", "cats", "a red dog", "one dog", "a dog runs here"]
+    batch = dataset.collate([dataset[i] for i in range(5)])
+    lengths = [len(ids) for ids in encode_captions(tokenizer, [dataset[i]["caption"] for i in range(5)])]
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    assert batch["input_ids"][batch["attention_mask"] == 0].unique().tolist() == [tokenizer.pad_token_id]
+    assert (tuple(batch["embedding"].shape), batch["image_of"].tolist()) == ((2, 4), [0, 0, 1, 1, 1])
+    assert torch.equal(batch["embedding"][batch["image_of"][4]], store["b"])
+
+
+def test_caption_without_embedding_is_named(store, tokenizer):
+    with pytest.raises(ValueError, match="1 images have captions but no embedding in .*x.safetensors: z"): FlickrDataset(TABLE.assign(image="z"), store, tokenizer)
+
+
+@pytest.mark.parametrize("function", [FlickrDataset, encode_captions])
+def test_defaults_are_the_reference_recipe(function):
+    for name, parameter in inspect.signature(function).parameters.items():
+        if hasattr(Config, name) and parameter.default is not parameter.empty: assert parameter.default == getattr(Config, name), name
+
+
+# --- download
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_): pass
+
+
+def real_archives(folder, scenes, captions, images):
+    "Flickr8k's two archives in small: names as published, and the litter of the real ones."
+    token = "".join(f"{n}#{k}\t{c}\n" for n in images for k, c in enumerate(captions[captions.image == n].caption))
+    lists = zip(SPLITS.values(), (images[:2], images[2:3], images[3:]))
+    with zipfile.ZipFile(folder/"Flickr8k_text.zip", "w") as file:
+        for name, text in [("Flickr8k.token.txt", token), *((n, "\n".join(i)) for n, i in lists)]: file.writestr(name, text)
+    with zipfile.ZipFile(folder/"Flickr8k_Dataset.zip", "w") as file:
+        for n in images: file.write(scenes.photos/n, f"Flicker8k_Dataset/{n}")
+        file.writestr("__MACOSX/Flicker8k_Dataset/._litter", b"")
+    return {name: f"md5:{md5((folder/name).read_bytes()).hexdigest()}" for name in FLICKR8K}
+
+
+def test_flickr8k_is_downloaded_once_or_taken_from_archives_put_there(tmp_path, scenes, scene_captions):
+    source, target, images = tmp_path/"source", tmp_path/"target", sorted(set(scene_captions.image))[:4]
+    source.mkdir()
+    archives = real_archives(source, scenes, scene_captions, images)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(source)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    get = functools.partial(download_flickr8k, base_url=f"http://127.0.0.1:{server.server_port}", archives=archives, timeout=1, attempts=1)
+    get(target/"text", photos=False)
+    assert [p.name for p in (target/"text").iterdir() if p.is_dir()] == ["Flickr8k_text"]
+    get(target/"all")
+    got = find_layout(target/"all")
+    assert sorted(p.name for p in got.photos.iterdir()) == images == sorted(set(read_captions(got.captions).image))
+    assert official_split(got.text)[images[3]] == "test"
+    server.shutdown(); server.server_close()
+    get(target/"all"); get(scenes.root)  # what is there is not fetched
+    with pytest.raises(OSError, match=f"get Flickr8k_text.zip by other means \\(md5 {archives['Flickr8k_text.zip'][4:]}\\), put it in {target}/none"):
+        get(target/"none")
+    shutil.copytree(source, target/"hand")
+    get(target/"hand")
+    assert find_layout(target/"hand").photos.is_dir()
+
+
+def test_only_the_presets_own_folder_is_downloaded_into(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "download_flickr8k", lambda root, photos: asked.append(photos))
+    for config in (Config(), Config(embeddings="given.safetensors"), Config(data_root="elsewhere")): data_folder(config)
+    assert asked == [True, False]  # photos only where embeddings are not given
+
+
+# --- the stage
+
+def photo_folder(folder, scenes, scene_captions, number=24):
+    "A data set of some scenes: folder, names."
+    photos, names = copied(scenes, scene_captions, folder/"data/Images", number)
+    scene_captions[scene_captions.image.isin(names)].to_csv(photos.parent/"captions.txt", index=False)
+    return photos.parent, names
+
+
+def run_stage(name, root, **changes):
+    "What the stage records and leaves."
+    run, config = open_run(name, "mini", data_root=str(root), **{"split": "random", **changes})
+    with run.stage("01_data", config) as notes: notes.update(prepare_data(run, config))
+    return run.stage_entry("01_data"), load_data(run, config)
+
+
+def test_missing_and_damaged_photos_stop_the_stage_or_are_left_out(outputs, tmp_path, scenes, scene_captions):
+    root, names = photo_folder(tmp_path, scenes, scene_captions)
+    (root/"Images"/names[0]).unlink()
+    for text in (f"{names[0]}: missing", "on_bad_image='skip'"):
+        with pytest.raises(OSError, match=text): run_stage("bad", root)
+    shutil.copy(scenes.photos/names[0], root/"Images"/names[0])
+    (root/"Images"/names[5]).write_bytes((scenes.photos/names[5]).read_bytes()[:300])
+    with pytest.raises(OSError, match=f"{names[5]} can't be read as a photo"): run_stage("bad", root)
+    entry, data = run_stage("bad", root, on_bad_image="skip")
+    assert list(entry["bad_images"]) == [names[5]] and sum(entry["images"].values()) == 23 and names[5] not in data.embeddings
+
+
+def test_long_list_of_bad_photos_is_cut(outputs, tmp_path):
+    with pytest.raises(OSError, match="  … and 25 more"): _refuse({f"{k}.jpg": "missing" for k in range(45)}, tmp_path, open_run("bad")[0])
+
+
+def test_spreadsheets_see_no_formula(outputs, tmp_path):
+    run, _ = open_run("bad")
+    with pytest.raises(OSError): _refuse({"=1+1.jpg": "missing"}, tmp_path, run)
+    assert "'=1+1.jpg" in (run.path/"bad_images.csv").read_text()
+
+
+def test_given_embeddings_replace_clip(outputs, tmp_path, scenes, scene_captions, monkeypatch):
+    root, names = photo_folder(tmp_path, scenes, scene_captions)
+    given = tmp_path/"e.safetensors"
+    write_embeddings(given, names[:12], torch.zeros(12, 7), "other")
+    monkeypatch.setattr(module, "load_clip", None)
+    entry, _ = run_stage("given", root, embeddings=str(given))
+    assert (entry["without_embedding"], entry["embedding_dim"], entry["encoder"]) == (12, 7, "other")
+    with pytest.raises(ValueError, match="e.safetensors has one vector per photo; give embeddings of shape \\(N, T, D\\)"):
+        run_stage("given", root, embeddings=str(given), features="grid")
+    write_embeddings(given, ["x.jpg"], torch.zeros(1, 7), "other")
+    with pytest.raises(ValueError, match=f"their names must agree: '{names[0]}' there, 'x.jpg' here"): run_stage("names", root, embeddings=str(given))
+
+
+@pytest.mark.numerics
+def test_patches_are_kept_in_a_cache_of_their_own(outputs, tmp_path, scenes, scene_captions, clip_mini):
+    root, names = photo_folder(tmp_path, scenes, scene_captions, 20)
+    plain_entry, plain = run_stage("seen", root)
+    entry, data = run_stage("seen", root, features="grid")
+    assert (data.embeddings.tokens, data.embeddings.dim) == (64, plain.embeddings.dim) and entry["encoder"].endswith(" grid")
+    live = encode_grid(clip_mini[0], clip_mini[1](read_photo(root/"Images"/names[0]))[None])[0]
+    assert (data.embeddings[names[0]] - live).abs().max() < 1e-2*live.abs().max()  # kept in half precision
+    assert {safe_open(p, "pt").get_slice("embeddings").get_dtype() for p in (outputs/entry["embeddings"]).glob("*")} == {"F16"}
+    again, _ = run_stage("seen", root, features="embedding")
+    assert (again["data_hash"], again["embeddings"]) == (plain_entry["data_hash"], plain_entry["embeddings"])
+
+
+def test_splits_are_apart_and_what_was_read_stays(trained):
+    data = load_data(*trained)
+    parts = {part: set(data.split(part).image) for part in SPLITS}
+    assert not (parts["train"] & parts["val"] or parts["train"] & parts["test"] or parts["val"] & parts["test"])
+    assert set().union(*parts.values()) <= set(data.embeddings.names)
+    with pytest.raises(AttributeError): data.photos = None
+    assert data.photo(data.embeddings.names[0]) is not None and data.photo("none.jpg") is None
+
+
+def test_missing_files_of_the_stage_are_named(trained_copy, tmp_path):
+    run, config = trained_copy
+    with pytest.raises(ValueError, match="load_data needs 01_data, which is not finished in run 'new'"): load_data(Run("new", tmp_path), config)
+    (run.path/"captions_table.csv").unlink()
+    with pytest.raises(FileNotFoundError, match="captions_table.csv is missing; make it again: papermill nbs/01_data.ipynb"): load_data(run, config)
+
+
+def test_a_page_of_photos_is_legible(tmp_path, trained):
+    "Photos and their texts don't overlap, columns line up, and an absent photo is a light square."
+    data = load_data(*trained)
+    shapes = {"square.png": (90, 90), "wide.png": (300, 90), "tall.png": (90, 300), "photo.png": (500, 375)}
+    for name, size in shapes.items(): Image.new("RGB", size).save(tmp_path/name)
+    figure = show_photos(Data(data.captions, data.embeddings, tmp_path), [*shapes, "absent.jpg"], ["one line"]*2 + ["some words of a long caption "*4]*3, "Title")
+    figure.canvas.draw()
+    assert figure.get_size_inches()[0] == 4*3.2
+    fields = [ax.get_window_extent() for ax in figure.axes]
+    words = [text.get_window_extent() for ax in figure.axes for text in ax.texts]
+    assert (len(fields), len(words)) == (8, 5)
+    page, title = figure.bbox, figure._suptitle.get_window_extent()
+    boxes = [*fields, *words, title]
+    for box in boxes: assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+    for k, box in enumerate(boxes): assert not any(box.overlaps(other) for other in boxes[:k]), k
+    assert all(max(box.width, box.height) > 0.9*page.width/4 for box in fields)
+    for k, (photo, text) in enumerate(zip(fields, words)):
+        assert abs(photo.x0 - fields[k % 4].x0) < 5 and abs(text.x0 - fields[k % 4].x0) < 5
+        assert 0 < photo.y0 - text.y1 < 0.1*photo.height  # a caption is close to its photo
+    assert title.y0 - max(box.y1 for box in fields) < 0.2*fields[0].height
+    absent = np.asarray(figure.axes[4].images[0].get_array())
+    assert absent.shape[0] == absent.shape[1] and absent.min() == absent.max() > 128
+    assert {text.get_fontsize() for ax in figure.axes for text in ax.texts} == {12}
+    plt.close(figure)
