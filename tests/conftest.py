@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 os.environ.update(TQDM_DISABLE="1", MPLBACKEND="agg", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers of pytest-xdist share the cores; `make test-kernels` sets it
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)  # relative paths start at the project's root
