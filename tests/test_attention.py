@@ -166,6 +166,16 @@ def test_words_beyond_the_models_positions_have_no_relevance(captioner):
     assert len(found.words) == 200 and found.prefix[:100].sum(1).all() and not found.prefix[150:].any()
 
 
+@pytest.mark.xfail(strict=True, reason="issue 23: IndexError in 06_attention")
+def test_words_are_read_up_to_the_models_last_position(captioner):
+    from clipcap.attention import words_after
+    with torch.no_grad(): prefix = captioner.prefix(embeddings(2))
+    words = words_after(captioner, prefix, ["dog "*200, "a dog"])
+    assert words.ids.shape[1] + prefix.shape[1] == captioner.gpt2.config.max_position_embeddings
+    scores = word_scores(captioner, prefix, words)
+    assert scores[0, :50].all() and not scores[0, 150:].any()
+
+
 def with_clip(captioner, network=None, **vision):
     "The captioner behind a CLIP of other sizes, with random weights."
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ import torch
 from clipcap.attention import Explanation
 from clipcap.core import make_config
 from clipcap.interpret.faithful import (advantage, deletion_and_insertion, faithfulness, hide_patches, hide_tokens, hiding_orders,
-                                        hiding_steps, in_boxes, patch_centers, plot_curves, pointing_game)
+                                        hiding_steps, in_boxes, patch_centers, plot_curves, pointing_game, word_probabilities)
 from clipcap.model import load_model
 
 ORDERS = ("relevance", "plain attention", "random")
@@ -88,6 +88,13 @@ def test_prefix_tokens_are_hidden_of_a_run_on_embeddings(captioner):
         patch.setattr("clipcap.interpret.faithful.word_probabilities", probabilities)
         areas, _ = faithfulness(captioner, [("a", given, "dog")], torch.full((10, 128), 7.), steps=5)
     assert len(areas) == 1 and torch.equal(seen[0][0], prefix) and (seen[0][1] == 7).all()
+
+
+@pytest.mark.xfail(strict=True, reason="issue 23: IndexError for captions beyond the positions")
+def test_words_beyond_the_models_positions_are_not_tested(captioner):
+    with torch.no_grad(): prefix = captioner.prefix(torch.randn(1, 128, generator=torch.Generator().manual_seed(0)))
+    found = word_probabilities(captioner, prefix, "dog "*200)
+    assert found.shape == (1, 200) and (found[0, :100] < 1).all() and (found[0, 150:] == 1).all()
 
 
 @pytest.mark.parametrize("captions", [[], [""], ["dog"]], ids=str)
