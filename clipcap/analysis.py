@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from .data import Data
-from .evaluate import literal, photo_page, write_note
+from .evaluate import photo_page, write_note
 from .reporting.compare import CONTROLS, human_scores, several_references
 from .scoring.error_kinds import (ALIKE, ERROR_KINDS, FUNCTION_WORDS, SCENE_KINDS, error_rates, find_errors,
                                          majority_things, names_thing, read_texts)
@@ -244,7 +244,8 @@ def plot_never_said(
     ax.set(title=f"The model never says {use.never.sum():,} of people's {len(use):,} words",
            xlabel="images of which people say the word")
     if top.empty: return write_note(ax, "none")
-    ax.barh(top.index.map(literal), top, color="tab:blue")
+    ax.barh(range(len(top)), top, color="tab:blue")
+    ax.set_yticks(range(len(top)), top.index, parse_math=False)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.invert_yaxis()
 
@@ -295,7 +296,7 @@ def plot_confusion(
     for (y, x), n in np.ndenumerate(table.to_numpy()):
         if n: ax.text(x, y, f"{n:.4g}" if n == int(n) else f"{n:.1f}", ha="center", va="center",
                       color="white" if share.iat[y, x] > 0.6 else "black")
-    ax.set_xticks(range(table.shape[1]), table.columns.map(literal), rotation=45, ha="right")
-    ax.set_yticks(range(len(table)), table.index.map(literal))
+    ax.set_xticks(range(table.shape[1]), table.columns, rotation=45, ha="right", parse_math=False)
+    ax.set_yticks(range(len(table)), table.index, parse_math=False)
     right = np.trace(table.to_numpy())/table.to_numpy().sum()
     ax.set_title(f"Where most people say one of these, the model does in {right:.0%}")

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .data import Data, image_features
-from .evaluate import literal, write_note
+from .evaluate import write_note
 from .formats.tokenizer import encode_captions
 from .model import ClipCapModel, MappingNetwork
 from .runs.files import atomic_path
@@ -251,12 +251,12 @@ def plot_photo_words(
         ax.imshow(photo.convert("L"), cmap="gray", vmin=0, vmax=255)
         ax.imshow(patches, cmap="inferno", vmin=0, vmax=1, alpha=(0.35 + patches).clamp(max=0.9).numpy(),
                   extent=(-0.5, photo.width - 0.5, photo.height - 0.5, -0.5))
-        ax.set_title(literal(explanation.words[w]), fontsize=17)
+        ax.set_title(explanation.words[w], fontsize=17, parse_math=False)
     scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), "inferno")
     bar = figure.colorbar(scale, ax=axes, shrink=0.9, aspect=25)
     bar.set_label("relevance (largest: 1)", fontsize=14)
     bar.ax.tick_params(labelsize=12)
-    figure.suptitle(literal(title), fontsize=16)
+    figure.suptitle(title, fontsize=16, parse_math=False)
     return figure
 
 # %% ../nbs/06_attention.ipynb #b6f28bcb
@@ -266,13 +266,13 @@ def plot_prefix_words(
 ):  # matplotlib figure
     "Draw attention from each word to the prefix tokens and the words so far, and how layers and heads differ."
     import matplotlib.pyplot as plt
-    words, P = [literal(w) for w in explanation.words], explanation.prefix.shape[1]
+    words, P = explanation.words, explanation.prefix.shape[1]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.6 + 0.36*len(words)), layout="constrained",
                                          width_ratios=(3, 1))
     image = left.imshow(explanation.attention.mean((0, 1)), cmap="viridis", vmin=0, aspect="auto")
     left.set_xticks(range(P + 1 + len(words)), [*range(1, P + 1), "start", *words], rotation=60, ha="right",
-                    rotation_mode="anchor", fontsize=12)
-    left.set_yticks(range(len(words)), words, fontsize=12)
+                    rotation_mode="anchor", fontsize=12, parse_math=False)
+    left.set_yticks(range(len(words)), words, fontsize=12, parse_math=False)
     left.axvline(P - 0.5, color="white")
     left.set(title="mean of layers and heads", xlabel="prefix tokens | words so far", ylabel="word to be written")
     figure.colorbar(image, ax=left, label="attention")
@@ -282,7 +282,7 @@ def plot_prefix_words(
     right.set_xticks(range(share.shape[1]), range(1, share.shape[1] + 1))
     right.set_yticks(range(share.shape[0]), range(1, share.shape[0] + 1))
     figure.colorbar(image, ax=right)
-    figure.suptitle(literal(title), fontsize=14)
+    figure.suptitle(title, fontsize=14, parse_math=False)
     return figure
 
 # %% ../nbs/06_attention.ipynb #84796a4e
@@ -391,5 +391,6 @@ def plot_word_shares(
            title="Words read off the photo, and words that follow from words")
     if table.empty: return write_note(ax, "no word is written often enough")
     shown = table if len(table) <= 2*most else table.iloc[[*range(most), *range(-most, 0)]]
-    ax.barh([f"{literal(word)} ({times})" for word, times in shown.times.items()], shown.photo, color="tab:blue")
+    ax.barh(range(len(shown)), shown.photo, color="tab:blue")
+    ax.set_yticks(range(len(shown)), [f"{word} ({times})" for word, times in shown.times.items()], parse_math=False)
     ax.invert_yaxis()

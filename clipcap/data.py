@@ -434,6 +434,6 @@ def show_photos(
     for name, text, ax in zip(names, wrapped, axes.flat):
         photo = data.photo(name)
         ax.imshow(photo if photo is not None else Image.new("RGB", (128, 128), "lightgrey"))
-        ax.text(0, -0.03, "\n".join(text), transform=ax.transAxes, va="top", fontsize=12)
-    figure.suptitle(title, fontsize=15)
+        ax.text(0, -0.03, "\n".join(text), transform=ax.transAxes, va="top", fontsize=12, parse_math=False)
+    figure.suptitle(title, fontsize=15, parse_math=False)
     return figure

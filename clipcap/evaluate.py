@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_captions', 'read_captions_json', 'without_words', 'score_split', 'subset_scores', 'nan_to_none', 'evaluate_run',
-           'literal', 'write_note', 'photo_page', 'show_captions', 'pick_evenly', 'keep_figure', 'Scores', 'score']
+           'write_note', 'photo_page', 'show_captions', 'pick_evenly', 'keep_figure', 'Scores', 'score']
 
 # %% ../nbs/04_evaluate.ipynb #64d6e853
 import json
@@ -158,19 +158,12 @@ def evaluate_run(
     return replace(scores, protocol=protocol)
 
 # %% ../nbs/04_evaluate.ipynb #98578f46
-def literal(
-    text: str,  # a caption, a file name
-) -> str:  # what matplotlib draws as just that
-    "Escape dollar signs, between which matplotlib would read a formula."
-    return text.replace("$", r"\$")
-
-
 def write_note(
     ax,  # matplotlib axes that have nothing to show
     note: str,  # why
 ):
     "Say in an empty figure why it is empty."
-    ax.text(0.5, 0.5, note, ha="center", va="center", transform=ax.transAxes, wrap=True)
+    ax.text(0.5, 0.5, note, ha="center", va="center", transform=ax.transAxes, wrap=True, parse_math=False)
     ax.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)  # of these axes alone, where several share their ticks
 
 
@@ -181,11 +174,11 @@ def photo_page(
     title: str,  # of the page
     columns: int = 4,  # photos side by side
 ):  # matplotlib figure
-    "Draw photos with texts that may hold anything; without images, a note."
+    "Draw photos with texts; without images, a note."
     import matplotlib.pyplot as plt
-    if names: return show_photos(data, names, [literal(t) for t in texts], literal(title), columns)
+    if names: return show_photos(data, names, texts, title, columns)
     figure, ax = plt.subplots(figsize=(6, 1.5))
-    ax.set_title(literal(title))
+    ax.set_title(title, parse_math=False)
     write_note(ax, "no image")
     return figure
 

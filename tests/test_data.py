@@ -335,7 +335,6 @@ def test_missing_files_of_the_stage_are_named(trained_copy, tmp_path):
     with pytest.raises(FileNotFoundError, match="captions_table.csv is missing; make it again: papermill nbs/01_data.ipynb"): load_data(run, config)
 
 
-@pytest.mark.xfail(strict=True, reason="issue 23: dollar signs are read as formulas")
 def test_texts_of_a_page_of_photos_are_no_formulas():
     figure = show_photos(Data(None, None, None), ["a", "b"], ["$x_$ costs $5 and $_", r"$\frac{$"], "$_$ and $_")
     assert figure.axes[0].texts[0].get_text() == "$x_$ costs $5 and $_" and not figure.axes[0].texts[0].get_parse_math()
