@@ -27,10 +27,11 @@ from tqdm import tqdm
 from .attention import read_relevance
 from .core import Config, Run
 from .data import Data, load_data
-from .evaluate import read_captions_json
+from .evaluate import read_captions_json, read_scores
 from .reporting.card import label, number
 from .runs.checkpoints import read_metrics
 from .runs.files import asset_path, atomic_path
+from .scoring.diversity import UNDEFINED
 from .train import plot_losses
 
 # %% ../nbs/07_report.ipynb #56e56160
@@ -187,12 +188,12 @@ def summary_content(
         "unavailable": [(", ".join(names), reason) for reason, names in reasons.items()],
         "controls": None if controls is None else [
             {"label": name, "cider": number(row.cider), "share": number(row.share_of_model, ".0%"),
-             "width": round(100*float(row.cider)/max(controls.cider.max(), 1e-9), 1)} for name, row in controls.iterrows()],
+             "width": 0 if math.isnan(row.cider) else round(100*float(row.cider)/max(controls.cider.max(), 1e-9), 1)} for name, row in controls.iterrows()],
         "subsets": None if subsets.empty else {
             "columns": [label(c) for c in subsets],
             "rows": [(n, [number(v, "g" if c == "images" else ".3f") for c, v in row.items()])
                      for n, row in subsets.iterrows()]},
-        "diversity": [(_VARIETY.get(n, label(n)), number(v, ".3g")) for n, v in written["diversity"].items()],
+        "diversity": [(_VARIETY.get(n, label(n)), f"none: {UNDEFINED[n]}" if v is None else number(v, ".3g")) for n, v in written["diversity"].items()],
         "protocol": [(label(n), v) for n, v in written["protocol"].items() if n != "metrics"],
     }
 
@@ -269,17 +270,16 @@ def read_results(
     split: str,  # that was captioned
 ) -> tuple[dict, dict]:  # what was found, by name; name -> why it is not there, "" where it is
     "Read all files of a run that the page is made from. Raises `FileNotFoundError` for those of `04_evaluate`."
-    def table(path, **options): return pd.read_csv(path, dtype={"image_id": str}, **options)
     captions = read_captions_json(required_file(run, f"captions_{split}.json", split))
     found = {"captions": captions,
              "written": json.loads(required_file(run, f"scores_{split}.json", split).read_text("utf-8")),
-             "per_image": table(required_file(run, f"scores_{split}.csv", split), index_col="image_id").reindex(list(captions)),
+             "per_image": read_scores(required_file(run, f"scores_{split}.csv", split)).reindex(list(captions)),
              "metrics": pd.DataFrame(read_metrics(run.path))}
     absent = {"curves": "" if len(found["metrics"]) else "metrics.jsonl is not there: run 03_train."}
     for name, ending, stage, read in (
             ("controls", "csv", "05_error_analysis", lambda path: pd.read_csv(path, index_col=0)),
-            ("errors", "csv", "05_error_analysis", lambda path: table(path, keep_default_na=False)),
-            ("analysis", "csv", "05_error_analysis", lambda path: table(path, index_col="image_id")),
+            ("errors", "csv", "05_error_analysis", lambda path: pd.read_csv(path, dtype=str, keep_default_na=False)),
+            ("analysis", "csv", "05_error_analysis", read_scores),
             ("relevance", "safetensors", "06_attention", lambda path: pack_relevance(path, captions))):
         path, absent[name] = optional_file(run, f"{name}_{split}.{ending}", stage, split)
         try: found[name] = read(path) if path else None

@@ -14,7 +14,7 @@ from torch import nn
 from clipcap import attention as module
 from clipcap.attention import (_attention_weights, _memory_relevance, _write_relevance, crop_photo, explain, explain_split, model_inputs,
                                plot_mapping, plot_photo_words, plot_prefix_words, plot_word_shares, read_relevance, read_words,
-                               record_attention, rollout, word_scores, word_shares)
+                               record_attention, rollout, word_scores, word_shares, words_after)
 from clipcap.core import make_config, open_run
 from clipcap.data import load_data
 from clipcap.decoding.load import load_run
@@ -166,9 +166,7 @@ def test_words_beyond_the_models_positions_have_no_relevance(captioner):
     assert len(found.words) == 200 and found.prefix[:100].sum(1).all() and not found.prefix[150:].any()
 
 
-@pytest.mark.xfail(strict=True, reason="issue 23: IndexError in 06_attention")
 def test_words_are_read_up_to_the_models_last_position(captioner):
-    from clipcap.attention import words_after
     with torch.no_grad(): prefix = captioner.prefix(embeddings(2))
     words = words_after(captioner, prefix, ["dog "*200, "a dog"])
     assert words.ids.shape[1] + prefix.shape[1] == captioner.gpt2.config.max_position_embeddings

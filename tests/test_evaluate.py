@@ -17,7 +17,7 @@ from clipcap.attention import read_relevance
 from clipcap.core import open_run
 from clipcap.data import Data, load_data, prepare_data
 from clipcap.decoding.load import save_weights
-from clipcap.evaluate import (evaluate_run, keep_figure, nan_to_none, pick_evenly, read_captions_json, score_split, show_captions,
+from clipcap.evaluate import (evaluate_run, keep_figure, nan_to_none, pick_evenly, read_captions_json, read_scores, score_split, show_captions,
                               subset_scores, without_words, write_captions)
 from clipcap.formats.embeddings import Embeddings, write_embeddings
 from clipcap.model import load_model
@@ -97,9 +97,7 @@ def test_nan_becomes_none():
     assert nan_to_none({"a": 0.5, "b": math.nan, "c": (math.nan, 1.0)}) == {"a": 0.5, "b": None, "c": [None, 1.0]}
 
 
-@pytest.mark.xfail(strict=True, reason="issue 23: KeyError: nan in 05_error_analysis")
 def test_images_may_have_names_that_pandas_takes_for_missing(tmp_path):
-    from clipcap.evaluate import read_scores
     table = pd.DataFrame({"cider": [0.5, math.nan, 1], "copied": [True, False, True]}, pd.Index(["NA", "null", "007"], name="image_id"))
     table.to_csv(tmp_path/"scores.csv")
     pd.testing.assert_frame_equal(read_scores(tmp_path/"scores.csv"), table, check_index_type=False)

@@ -98,14 +98,12 @@ def test_scores_become_text():
     assert (content["subsets"]["rows"], content["protocol"]) == ([("seen", ["3", "2.000"])], [("num beams", 5)])
 
 
-@pytest.mark.xfail(strict=True, reason="issue 23: width: nan%")
 def test_controls_without_a_score_have_no_bar():
     for cider in ([math.nan]*2, [0., math.nan], [0., 0.]):
         controls = pd.DataFrame({"cider": cider, "share_of_model": math.nan}, index=["model", "shuffled images"])
         assert [row["width"] for row in summary_content(SCORES, controls)["controls"]] == [0, 0]
 
 
-@pytest.mark.xfail(strict=True, reason="issue 23: none, without a word")
 def test_a_measure_of_diversity_that_is_undefined_says_why():
     content = summary_content({**SCORES, "diversity": {"distinct_1": None, "mbleu_4": None, "novel": 1.0}}, None)
     assert [text for _, text in content["diversity"]] == ["none: no caption has a word", "none: there is only one caption", "1"]

@@ -289,7 +289,7 @@ def summary(
     scores = json.loads((run.path/"scores_test.json").read_text("utf-8"))
     captions = json.loads((run.path/"captions_test.json").read_text("utf-8"))
     controls = pd.read_csv(run.path/"controls_test.csv", index_col=0)
-    table = pd.read_csv(run.path/"captions_table.csv", keep_default_na=False)
+    table = pd.read_csv(run.path/"captions_table.csv", dtype=str, keep_default_na=False)
     corpus = pd.Series(scores["corpus"], dtype=float).rename("test").to_frame()
     bounds = pd.DataFrame(scores["intervals"], index=["low", "high"], dtype=float).T
     lines = [corpus.join(bounds).dropna().round(4).to_string(), ""]
@@ -328,11 +328,12 @@ def write_extremes(
 ):
     "Write the best and the worst test captions by CIDEr, each with a human caption."
     import pandas as pd
-    cider = pd.read_csv(run.path/"scores_test.csv", index_col="image_id").cider
-    cider = cider.sort_values(ascending=False, kind="stable")
+
+    from clipcap.evaluate import read_scores
+    cider = read_scores(run.path/"scores_test.csv").cider.sort_values(ascending=False, kind="stable")
     rows = json.loads((run.path/"captions_test.json").read_text("utf-8"))
     model = {row["image_id"]: row["caption"] for row in rows}
-    human = pd.read_csv(run.path/"captions_table.csv", keep_default_na=False).groupby("image").caption.first()
+    human = pd.read_csv(run.path/"captions_table.csv", dtype=str, keep_default_na=False).groupby("image").caption.first()
     chosen = [*cider.index[:number], *cider.index[-number:]]
     table = pd.DataFrame({"image": chosen, "model": [model[n] for n in chosen],
                           "human": [human[n] for n in chosen], "cider": cider[chosen].round(4).values})

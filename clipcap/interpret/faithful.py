@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..attention import Explanation, explain, read_words, word_scores
+from ..attention import Explanation, explain, word_scores, words_after
 from ..data import image_features
 from ..evaluate import write_note
 from ..model import ClipCapModel
@@ -58,8 +58,7 @@ def word_probabilities(
     "Compute the probability of each word of a caption after the words before it."
     given = given.to(model.device)
     prefix = model.prefix(image_features(model.clip, given, model.features).float()) if given.ndim == 4 else given
-    words = read_words(model.tokenizer, [caption]*len(given)).to(model.device)
-    return word_scores(model, prefix, words, log_odds=False).exp().cpu()
+    return word_scores(model, prefix, words_after(model, prefix, [caption]*len(given)), log_odds=False).exp().cpu()
 
 # %% ../../nbs/interpret/faithful.ipynb #6a18fc0f
 def hiding_orders(

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import Config, Run
-from ..evaluate import read_captions_json
+from ..evaluate import read_captions_json, read_scores
 from ..runs.files import asset_path, atomic_path
 
 # %% ../../nbs/reporting/card.ipynb #09ec734b
@@ -88,7 +88,7 @@ def card_content(
     stages = run.manifest.get("stages", {})
     data, trained, network = stages.get("01_data", {}), stages.get("03_train", {}), stages.get("02_model", {}).get("parameters", {})
     human = pd.read_csv(run.path/"captions_table.csv", dtype=str, keep_default_na=False).groupby("image").caption.first()
-    ranked = pd.read_csv(run.path/f"scores_{split}.csv", dtype={"image_id": str}, index_col="image_id")
+    ranked = read_scores(run.path/f"scores_{split}.csv")
     ranked = ranked.cider.dropna().sort_values(ascending=False, kind="stable").index if "cider" in ranked else ranked.index
     def short(value): return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
     reasons = {}

@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..core import Config, Run
 from ..data import Data, load_clip, load_data
-from ..evaluate import nan_to_none, read_captions_json, score_split, subset_scores
+from ..evaluate import nan_to_none, read_captions_json, read_scores, score_split, subset_scores
 from ..formats.embeddings import data_hash
 from ..model import gpt2_hash
 from ..runs.checkpoints import read_metrics
@@ -243,7 +243,7 @@ def check_images(
 ) -> list[dict]:  # rows, see `check`
     "Check the scores of each image."
     path = run.path/f"scores_{split}.csv"
-    try: table = pd.read_csv(path, dtype={"image_id": str}, index_col="image_id", float_precision="round_trip")[list(again)]
+    try: table = read_scores(path)[list(again)]
     except (OSError, ValueError, KeyError) as error: return [check("scores", path.name, "readable", f"{type(error).__name__}: {error}", False)]
     if list(table.index) != list(again.index): return [check("scores", f"images of {split}", f"{len(again)} captions", f"{len(table)} rows of other images", False)]
     return [_same("images", split, table.to_dict(), again.to_dict(), eps)]
