@@ -41,7 +41,7 @@ def shard(*names): return {"shard-000.tar": tar_bytes({name: name.encode() if na
     (("a.in.jpg", "a.out.jpg", "a.txt"), 1, {"further photos of a sample": 1}),
     (("a.jpg", "a.png", "a.txt"), 1, {"further photos of a sample": 1}),
     (("a.jpg", "a.txt", "b.txt", "c.npy"), 1, {"captions without a photo": 1}),
-    (("a.jpg", "a.txt", "b.heic", "b.txt"), 1, {"photos of kinds that Pillow does not read (.heic)": 1, "captions without a photo": 1}),
+    (("a.jpg", "a.txt", "b.heic", "b.txt"), 1, {"photos of kinds that are not read (.heic)": 1, "captions without a photo": 1}),
     (("a.bmp", "a.txt", "b.tif", "b.txt", "c.avif", "c.txt", "d.jfif", "d.txt"), 4, {})], ids=range(9))
 def test_every_sample_of_a_shard_is_read_or_counted(names, captions, left_out):
     rows, counted, _ = read_files(shard(*names))
@@ -100,24 +100,21 @@ def test_reported_shards_are_read_whole(shared, case, captions):
 
 # --- photos in folders
 
-@unmended("suffixes")
 def test_photos_of_all_kinds_are_found_and_others_counted(tmp_path):
     names = ("a.jpg", "b.JPE", "c.jfif", "d.avif", "e.jp2", "f.tiff", "g.heic", "h.HEIC", "i.cr2", "notes.txt", ".k.heic")
     write(tmp_path, dict.fromkeys(names, ""))
-    with pytest.warns(UserWarning, match=r"3 photos of kinds that Pillow does not read \(.cr2, .heic\) are passed over: convert them to JPEG"):
+    with pytest.warns(UserWarning, match=r"3 photos of kinds that are not read \(.cr2, .heic\); convert them to JPEG"):
         assert [p.rpartition("/")[2] for p in find_photos([str(tmp_path)])] == list(names[:6])
 
 
-@unmended("suffixes at an address, in a tar")
 def test_photos_passed_over_at_an_address_and_in_a_tar_are_counted(tmp_path):
     write(tmp_path, {"photos/a.jfif": "", "photos/b.heic": "", "x.tar": tar_bytes({"a.avif": b"", "b.heic": b"", "c.nef": b"", "d.txt": b""})})
-    with pytest.warns(UserWarning, match=r"1 photos of kinds that Pillow does not read \(.heic\)"): units = find_units([f"file://{tmp_path}/photos"])
+    with pytest.warns(UserWarning, match=r"1 photos of kinds that are not read \(.heic\)"): units = find_units([f"file://{tmp_path}/photos"])
     assert [name.rpartition("/")[2] for unit in units for name, _ in unit.files] == ["a.jfif"]
-    with pytest.warns(UserWarning, match=r"x.tar: 2 photos of kinds that Pillow does not read \(.heic, .nef\)"):
+    with pytest.warns(UserWarning, match=r"x.tar: 2 photos of kinds that are not read \(.heic, .nef\)"):
         assert [photo.name for photo in read_tar("x.tar", str(tmp_path/"x.tar"))] == ["x.tar/a.avif"]
 
 
-@unmended("case 16")
 def test_reported_photos_are_found(shared):
     with pytest.warns(UserWarning, match=r"1 photos .*\.heic"): found = find_photos([str(shared/"cases/16-photos-passed-over")])
     assert [p[-6:] for p in found] == ["/a.jpg", "c.jfif", "/d.jpe", "e.avif"] and {read_photo(p).mode for p in found} == {"RGB"}
@@ -131,7 +128,6 @@ def saved(pixels, format):
     return io.BytesIO(file.getvalue())
 
 
-@unmended("16 bits")
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "big-endian TIFF", "PPM", "JPEG2000"])
 @pytest.mark.parametrize("seed", range(4))
 def test_photo_of_16_bits_is_its_8_bit_version(format, seed):
@@ -140,7 +136,6 @@ def test_photo_of_16_bits_is_its_8_bit_version(format, seed):
     assert np.array_equal(np.asarray(read_photo(saved(deep, format.split()[-1]))), grey[..., None].repeat(3, 2))
 
 
-@unmended("16 bits, turned")
 def test_photo_of_16_bits_is_turned_as_its_exif_says():
     file, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6
@@ -149,7 +144,6 @@ def test_photo_of_16_bits_is_turned_as_its_exif_says():
     assert photo.size == (20, 40) and photo.getextrema() == ((128, 128),)*3
 
 
-@unmended("modes without a range")
 @pytest.mark.parametrize("pixels, mode", [(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8), "F"), (np.arange(64, dtype=np.int32).reshape(8, 8)*1000, "I")])
 def test_photo_whose_range_is_unknown_is_refused_by_its_mode(pixels, mode):
     with fails(f"x.tif can't be read as a photo (mode {mode} ", OSError): read_photo(saved(pixels, "TIFF"), "x.tif")
@@ -161,7 +155,6 @@ def test_transparency_is_what_clips_own_preprocess_makes_of_it():
     assert read_photo(saved(line, "PNG")).getextrema() == ((0, 0),)*3
 
 
-@unmended("case 08")
 def test_reported_16_bits_are_right(shared):
     grey8, grey16 = (np.asarray(read_photo(shared/f"cases/08-sixteen-bits/grey{bits}.png")) for bits in (8, 16))
     assert np.array_equal(grey8, grey16) and abs(grey16.mean() - 127.7) < 0.1

@@ -59,7 +59,7 @@ def test_photos_with_a_txt_of_their_name_are_read():
              "d.jpg": "x", "e.txt": "nobody", "f.heic": "x", "f.txt": "no reader"}
     rows, left_out, _ = read_files(files)
     assert sorted(rows, key=str) == [("10_dog/b v1.0.png", "A cat", None), ("a.jpg", "A dog", None), ("a.jpg", "Two dogs", None), ("train/c.webp", "A cow", "train")]
-    assert left_out == {"images without a caption": 1, "captions without a photo": 2, "photos of kinds that Pillow does not read (.heic)": 1}
+    assert left_out == {"images without a caption": 1, "captions without a photo": 2, "photos of kinds that are not read (.heic)": 1}
 
 
 # --- CSV
