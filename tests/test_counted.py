@@ -262,7 +262,6 @@ def test_run_whose_name_papermill_took_for_a_number_is_named(run):
 
 # --- a store's sample
 
-@unmended("rows without captions")
 def test_sample_of_a_store_has_only_rows_with_captions(tmp_path, outputs, monkeypatch):
     store = make_store(tmp_path/"store", 300, captions=lambda n: [f"photo {n}"]*(n % 4 == 0), split=lambda n: ("train", "val", "test")[n % 3])
     table = extract(EmbeddingStore(store.path), "train", tmp_path/"x.safetensors", limit=20)

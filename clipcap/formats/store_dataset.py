@@ -214,6 +214,11 @@ def collate(
             "input_ids": ids, "attention_mask": mask}  # (B, L)
 
 # %% ../../nbs/formats/store_dataset.ipynb #dc4f6789
+def _captions_per_row(store, shard):
+    "Count the captions of each row of a shard."
+    return np.diff(store.from_captions(shard, lambda file: file.get_tensor("first_caption")))
+
+
 class StoreDataset:
     "Embeddings and tokenized captions of one split of a store, in batches."
 
@@ -239,7 +244,7 @@ class StoreDataset:
 
     def _count(self, shard):
         "Count the items of a shard."
-        counts = np.diff(self.store.from_captions(shard, lambda file: file.get_tensor("first_caption")))[self.store.splits(shard) == self.split]
+        counts = _captions_per_row(self.store, shard)[self.store.splits(shard) == self.split]
         return int(counts.sum() if self.caption_sampling == "all" else (counts > 0).sum())
 
     def __len__(self): return self._length
@@ -305,14 +310,14 @@ def extract(
     path: str | Path,  # embeddings file to write
     limit: int | None = None,  # rows at most, chosen by the hashes of their names; None: all, which must fit in memory
 ) -> pd.DataFrame:  # columns `image`, `caption`, `split`, as `Data.captions`
-    "Write rows of a split as an embeddings file, and return their captions. Raises `ValueError` where there are none."
+    "Write rows of a split that have captions as an embeddings file, and return the captions. Raises `ValueError` where there are none."
     found = np.zeros((0, 3), np.uint64)  # hash, shard, row
     for shard in range(len(store.shards)):
-        rows = (store.splits(shard) == list(SPLITS).index(part)).nonzero()[0]
+        rows = ((store.splits(shard) == list(SPLITS).index(part)) & (_captions_per_row(store, shard) > 0)).nonzero()[0]
         new = np.stack([shard_hashes(store.file(shard))[rows], np.full(len(rows), shard, np.uint64), rows.astype(np.uint64)], 1)
         found = np.concatenate([found, new])
         found = found[np.argsort(found[:, 0])[:limit]]
-    if not len(found): raise ValueError(f"no row of {store.path} is in the split {part!r}")
+    if not len(found): raise ValueError(f"no row of {store.path} is in the split {part!r} and has a caption; give index_store captions")
     names, rows, table = [], [], []
     for shard, row in sorted(found[:, 1:].tolist()):
         first = store.from_captions(shard, lambda file: file.get_slice("first_caption")[row:row + 2].tolist())
@@ -336,10 +341,10 @@ def prepare_store(
                              f"made already; leave {name} out")
     store = EmbeddingStore(resolve_path(config.data_root), config.seed)
     table = pd.concat([extract(store, part, run.path/f"sample/{part}.safetensors", sample) for part in SPLITS])
-    empty = [part for part in SPLITS if part not in set(table.split)]
-    if empty: raise ValueError(f"no image of the split {empty} in {store.path} has a caption; give index_store captions")
+    bare = sum(int((_captions_per_row(store, shard) == 0).sum()) for shard in range(len(store.shards)))
     with atomic_path(run.path/"captions_table.csv") as temporary: table.to_csv(temporary, index=False)
     return {"format": "store", "store": config.data_root, "rows": len(store), "embeddings": f"{run.name}/sample",
+            "left_out": {"images without a caption": bare} if bare else {},
             "encoder": store.encoder, "embedding_dim": store.dim, "captions": len(table),
             "images": table.groupby("split").image.nunique().to_dict(),
             "data_hash": data_hash(run.path/"captions_table.csv", store)}
