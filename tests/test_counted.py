@@ -183,7 +183,6 @@ def longest_whole(caption, room):
     return next(caption[:n] for n in range(len(caption), -1, -1) if len(caption[:n].encode()) <= room)
 
 
-@unmended("cut within a character")
 @pytest.mark.parametrize("max_length", [3, 5, 8, 12, 21, 40])
 def test_captions_are_cut_between_characters(bytes_tokenizer, max_length):
     draw = random.Random(max_length)
@@ -193,7 +192,6 @@ def test_captions_are_cut_between_characters(bytes_tokenizer, max_length):
         assert bytes_tokenizer.decode(ids[1:-1], clean_up_tokenization_spaces=False) == longest_whole(caption, max_length - 2)
 
 
-@unmended("cut within a character, in a store")
 @pytest.mark.parametrize("kept", [False, True], ids=["text", "token ids"])
 def test_captions_of_a_store_are_cut_alike_and_counted(tmp_path, bytes_tokenizer, kept):
     draw = random.Random(1)
@@ -205,18 +203,17 @@ def test_captions_of_a_store_are_cut_alike_and_counted(tmp_path, bytes_tokenizer
     texts = [" ".join(text.split()) for captions in said.values() for text in captions]
     made = [tuple(ids[:mask.sum()].tolist()) for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
     assert sorted(made) == sorted(map(tuple, encode_captions(bytes_tokenizer, texts, 20)))
-    assert dataset.count_cut() == sum(len(text.encode()) > 18 for text in texts)
+    assert dataset.count_cut() == (sum(len(text.encode()) > 18 for text in texts), len(texts))
+    assert kept or dataset.count_cut(5)[1] == 5
 
 
-@unmended("captions that are cut are not counted")
 def test_captions_that_are_cut_are_counted(tmp_path, tokenizer):
     write_embeddings(tmp_path/"x.safetensors", ["a", "b"], torch.zeros(2, 4), "made")
     table = pd.DataFrame({"image": list("aab"), "caption": ["a dog", "a dog runs on the snow and on", "a dog runs over the grass and on"]})
     def cut(length): return FlickrDataset(table, Embeddings(tmp_path/"x.safetensors"), tokenizer, length).count_cut()
-    assert (cut(40), cut(6), cut(3)) == (0, 2, 3)
+    assert (cut(40), cut(6), cut(3)) == ((0, 3), (2, 3), (3, 3))
 
 
-@unmended("captions that are cut are not recorded")
 def test_a_run_records_and_prints_how_many_captions_are_cut(tiny, capsys, monkeypatch):
     from clipcap import train
     monkeypatch.setattr(train, "train", lambda *_: None)
@@ -224,11 +221,10 @@ def test_a_run_records_and_prints_how_many_captions_are_cut(tiny, capsys, monkey
         run, config = tiny(name=f"cut-{length}", epochs=1, max_length=length)
         with run.stage("03_train", config, ["01_data"]): train.train_run(run, config)
         counted, data = run.stage_entry("03_train")["captions_cut"], load_data(run, config)
-        assert set(counted) == {"train", "val"} and bool(counted["train"]) == some and counted["train"] <= len(data.split("train"))
-        assert (f"{counted['train']} of {len(data.split('train'))} captions of train are longer than max_length={length} tokens and are cut" in capsys.readouterr().out) == some
+        assert set(counted) == {"train", "val"} and bool(counted["train"]["cut"]) == some and counted["train"]["of"] == len(data.split("train"))
+        assert (f"{counted['train']['cut']} of {len(data.split('train'))} captions of train are longer than max_length={length} tokens and are cut" in capsys.readouterr().out) == some
 
 
-@unmended("case 15")
 def test_reported_captions_end_in_whole_characters(shared):
     tokenizer = load_tokenizer(str(shared/"gpt2_tokenizer"))
     lines = (shared/"cases/15-cut-in-half-a-character/captions.txt").read_text("utf-8").splitlines()[1:]
