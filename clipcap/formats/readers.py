@@ -195,6 +195,9 @@ def find_layout(
 def _text_folder(root): return root/"Flickr8k_text" if (root/"Flickr8k_text").is_dir() else root
 
 # %% ../../nbs/formats/readers.ipynb #20b9faf1
+_ODD_NAMES = {"2258277193_586949ec62.jpg.1": "2258277193_586949ec62.jpg"}  # as Flickr8k.token.txt has it -> the photo's name
+
+
 def csv_rows(
     rows,  # `csv.reader`
     path: str | Path,  # of what it reads, for the message
@@ -221,10 +224,9 @@ def _token_rows(path):
         if not tab or not mark:
             raise ValueError(f"{path}, line {number}: expected 'photo.jpg#0<TAB>caption', "
                              f"found {line[:60]!r}; correct or remove the line")
-        yield image, caption
+        yield _ODD_NAMES.get(image.strip(), image), caption
 
 # %% ../../nbs/formats/readers.ipynb #dcd5e6c6
-_ODD_NAME = re.compile(r"(\.(?:jpe?g|png))\.\d+$", re.IGNORECASE)
 _HEADERS = (["image", "caption"], ["image_name", "comment_number", "comment"])  # Kaggle's Flickr8k, Flickr30k
 
 
@@ -250,7 +252,7 @@ def caption_rows(
 ) -> Iterator[tuple[str, str]]:  # image, caption
     "Yield captions in either layout. Raises `ValueError` naming file and line of a bad row."
     rows = _token_rows(path) if str(path).endswith(("token.txt", ".token")) else _kaggle_rows(path)
-    for image, caption in rows: yield _ODD_NAME.sub(r"\1", image.strip()), caption
+    for image, caption in rows: yield image.strip(), caption
 
 
 def read_captions(
