@@ -143,7 +143,6 @@ def test_spider_is_the_mean_of_spice_and_cider(monkeypatch):
 SPACELESS = {"1": "狗在草地上跑", "2": "一个人在海边", "3": "两个女孩在说话"}
 
 
-@pytest.mark.xfail(strict=True, reason="issue 23, kind 5: captions without spaces")
 def test_captions_without_spaces_are_warned_of_and_scored_by_characters():
     people = {"1": ["一只狗在草地上跑"], "2": ["男人站在海边"], "3": ["女孩们在说话"]}
     with pytest.warns(UserWarning, match="6 of 6 captions and references are written without spaces.*tokenization='characters'"): whole = score(SPACELESS, people, ["bleu_1"])
@@ -213,7 +212,6 @@ def test_intervals_hold_the_score_and_follow_the_seed():
     assert intervals(Scores({}, pd.DataFrame(), {})) == {}
 
 
-@pytest.mark.xfail(strict=True, reason="issue 23, kind 5: options are named before computing")
 @pytest.mark.parametrize("resamples, seed, text", [(0, 0, "resamples=0"), (-5, 0, "resamples=-5"), (10, -1, "seed=-1"), (1.5, 0, "resamples=1.5")])
 def test_draws_that_cannot_be_are_refused(resamples, seed, text):
     with pytest.raises(ValueError, match=text): intervals(Scores({}, pd.DataFrame(), {}, columns={"a": mean_of_images([1, 2])}), resamples, seed)
