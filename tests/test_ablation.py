@@ -2,6 +2,7 @@
 import json
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -118,6 +119,13 @@ def test_a_sweep_runs_what_is_missing_and_names_what_fails(outputs, spice, tiny,
 def test_an_interval_by_students_t():
     assert interval([1., 2, 3]) == pytest.approx((2, 2 - 4.303/3**.5, 2 + 4.303/3**.5))
     assert interval([1.])[0] == 1 and all(map(pd.isna, interval([1.])[1:]))
+
+
+@pytest.mark.xfail(strict=True, reason="issue 23, kind 8: t quantiles stop at 9 degrees of freedom")
+@pytest.mark.parametrize("freedom, quantile", [(1, 12.706205), (2, 4.302653), (4, 2.776445), (9, 2.262157), (10, 2.228139), (19, 2.093024), (30, 2.042272), (100, 1.983972), (1000, 1.962339)])
+def test_half_an_interval_is_the_quantile_of_students_t(freedom, quantile):  # quantiles of a printed table
+    values = np.arange(freedom + 1.)
+    assert (interval(values)[2] - values.mean())/(values.std(ddof=1)/len(values)**.5) == pytest.approx(quantile, abs=1e-6)
 
 
 def test_differences_are_taken_seed_by_seed():

