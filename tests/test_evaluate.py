@@ -125,7 +125,6 @@ def test_checkpoint_and_ensemble_are_those_asked_for(outputs, monkeypatch, epoch
     assert error.value.args[0] == (["new", "other", "another"], used, config.device)
 
 
-@pytest.mark.xfail(strict=True, reason="kind 6: --epoch 0 means the last epoch")
 def test_epoch_zero_is_not_the_last(trained):
     with pytest.raises(ValueError, match=r"no checkpoint of epoch 0; there are \["): evaluate_run(*trained, epoch=0)
 

@@ -87,6 +87,5 @@ def test_run_on_embeddings_has_two_views(tiny):
     assert "no view of the photo" in page.children[3].value
 
 
-@pytest.mark.xfail(strict=True, reason="kind 6: --epoch 0 means the last epoch")
 def test_epoch_zero_is_not_the_last(trained):
     with pytest.raises(ValueError, match=r"no checkpoint of epoch 0; there are \["): explore("demo", epoch=0, device="cpu")

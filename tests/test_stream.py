@@ -17,28 +17,27 @@ from PIL import Image
 
 from clipcap.checks.literal import literal_beam_search
 from clipcap.core import DECODING, FIELDS, Run, make_config
-from clipcap.data import encode_images
+from clipcap.data import encode_images, load_clip
 from clipcap.decoding.load import load_run
 from clipcap.decoding.stream import (begin_captions, caption_files, caption_settings, caption_stream, find_photos, load_captioner, read_ahead,
                                      read_paths)
 from clipcap.formats.photos import read_photo
 from clipcap.formats.tokenizer import gpt2_path
-from clipcap.model import generate_from_embeddings, generate_ids, load_model
+from clipcap.model import generate_from_embeddings, generate_ids, gpt2_hash, load_model
 from clipcap.networks.packing import has_bf16
 from clipcap.runs.checkpoints import save_checkpoint
 from clipcap.runs.files import asset_path
 
-KIND6 = pytest.mark.xfail(strict=True, reason="kind 6: files continued under other settings")
 SETTINGS = {"run": "small", "checkpoint": "mapping_network_epoch_2.pth", "sha256": "0123456789abcdef", "num_beams": 5, "max_length": 12}
 HEADER, A, B = (json.dumps(line) + "\n" for line in (SETTINGS, {"image": "a.jpg", "caption": "A dog ."}, {"image": "b.jpg", "error": "damaged"}))
 KILLED = """
 import json, os, signal, sys
 from clipcap.decoding import stream
-generate, batches = stream.generate_caption_batch, iter("012")  # 0: the empty batch that asks for CLIP
+encode, batches = stream.encode_images, iter("12")
 def third_kills(*args):
     if next(batches, None) is None: os.kill(os.getpid(), signal.SIGKILL)
-    return generate(*args)
-stream.generate_caption_batch = third_kills
+    return encode(*args)
+stream.encode_images = third_kills
 stream.caption_files(json.loads(sys.argv[1]), "small", sys.argv[2], batch_size=4, device="cpu")"""
 
 
@@ -182,7 +181,8 @@ def test_model_without_clip_is_refused_before_photos_are_read(mini_model):
 
 def test_settings_name_run_checkpoint_and_search(small):
     settings = caption_settings(small)
-    assert settings == {**SETTINGS, "sha256": settings["sha256"]} and len(settings["sha256"]) == 16
+    assert settings == {**{name: getattr(make_config("mini"), name) for name in (*DECODING, "seed")}, **SETTINGS,
+                        "sha256": settings["sha256"], "gpt2": gpt2_hash("mini")} and len(settings["sha256"]) == 16
     assert caption_settings(small, epoch=1, num_beams=3) == settings | {"checkpoint": "mapping_network_epoch_1.pth", "num_beams": 3}
     small.update(config=small.manifest["config"] | {"ensemble": "small"})
     both = caption_settings(small)
@@ -199,13 +199,11 @@ def test_run_that_cannot_caption_is_refused(small, model, name, options, message
     with pytest.raises(ValueError, match=message): caption_settings(Run(name), **options)
 
 
-@KIND6
 def test_epoch_zero_is_not_the_last(small):
     for call in (caption_settings, lambda run, epoch: load_captioner(run.name, epoch, device="cpu")):
         with pytest.raises(ValueError, match=r"no checkpoint of epoch 0; there are \[1, 2\]"): call(small, 0)
 
 
-@KIND6
 @pytest.mark.parametrize("name", CAPTIONING)
 def test_every_setting_that_changes_a_caption_is_compared(small, model, tmp_path, name):
     "In both directions: also where one of the two has the default."
@@ -222,7 +220,6 @@ def test_every_setting_that_changes_a_caption_is_compared(small, model, tmp_path
         assert begin_captions(path, settings(**before)) == set()
 
 
-@KIND6
 @pytest.mark.parametrize("option, part", [("gpt2_model", "gpt2"), ("clip_model", "(?i)clip")])
 def test_captions_of_replaced_backbones_are_not_continued(outputs, model, tmp_path, option, part):
     from safetensors.torch import load_file, save_file
@@ -238,7 +235,6 @@ def test_captions_of_replaced_backbones_are_not_continued(outputs, model, tmp_pa
     with pytest.raises(ValueError, match=part): begin()
 
 
-@KIND6
 def test_captions_ranked_by_other_training_captions_are_not_continued(small, tmp_path):
     def settings(data_hash, **changes):
         config = dataclasses.asdict(make_config("mini", device="cpu", **changes))
@@ -249,7 +245,6 @@ def test_captions_ranked_by_other_training_captions_are_not_continued(small, tmp
     assert settings("a"*64) == settings("b"*64)
 
 
-@KIND6
 @pytest.mark.parametrize("begun, now", [(set(), {"gpt2"}), ({"gpt2"}, set())])
 def test_captions_file_without_one_of_the_settings_is_not_continued(small, tmp_path, begun, now):
     "As an earlier or a later version may write it."
@@ -260,7 +255,6 @@ def test_captions_file_without_one_of_the_settings_is_not_continued(small, tmp_p
     assert "(not recorded)" in str(refused.value) and settings["gpt2"] in str(refused.value)
 
 
-@KIND6
 def test_captions_begun_with_a_length_penalty_are_not_continued_without(small, photos, tmp_path):
     out, plain = tmp_path/"captions.jsonl", small.manifest["config"]
     small.update(config=plain | {"length_penalty": 0.2})
@@ -306,7 +300,7 @@ def test_captions_file_has_a_row_for_each_photo(small, photos, broken, tmp_path,
     with pytest.warns(UserWarning, match="1 photos can't be read"): counts = caption_files(paths, "small", out, batch_size=4, device="cpu")
     assert counts == {"captioned": 12, "unreadable": 1, "done": 0}
     first, *rows = json_lines(out)
-    assert first == {**caption_settings(small), "precision": "float32"}
+    assert first == {**caption_settings(small), "clip": load_clip("mini")[2], "precision": "float32"}
     expected = caption_stream(load_run("small", device="cpu"), photos, 4, max_length=12)
     assert rows[:12] == [{"image": str(path), "caption": caption} for path, caption in expected]
     assert rows[12].keys() == {"image", "error"}
