@@ -118,7 +118,8 @@ def load_clip(
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(key.encode() + tensor.numpy().tobytes())
     label = name if name in ENCODERS or not resolve_path(name).is_file() else resolve_path(name).name
-    return model.to(device), preprocess, f"{label}@{digest.hexdigest()[:16]}"
+    model.encoder_id = f"{label}@{digest.hexdigest()[:16]}"
+    return model.to(device), preprocess, model.encoder_id
 
 # %% ../nbs/01_data.ipynb #9d0c1a02
 def image_features(

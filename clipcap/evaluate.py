@@ -146,7 +146,7 @@ def evaluate_run(
     resamples: int = 1000,  # bootstrap samples of the images, for the intervals
 ) -> Scores:  # also written to the run folder
     "Caption a split with a run's checkpoint and score the captions."
-    epoch = epoch or config.checkpoint
+    epoch = config.checkpoint if epoch is None else epoch
     if split == "train" and asks_neighbours(config.rerank):
         raise ValueError(f"rerank={config.rerank!r} would offer the training images their own captions; choose eval_split='val' or 'test', "
                          "or rerank='none'")

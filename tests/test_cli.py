@@ -235,6 +235,8 @@ def test_a_list_comes_by_standard_input(command, small, model, photos, monkeypat
     (["{photo}", "absent", "--run", "small"], "there is no file or folder"),
     (["{photo}", "--run", "smal"], "clipcap caption: there is no run 'smal'"),
     (["{photo}", "--run", "small", "--epoch", "best?"], "no checkpoint of epoch best?; there are [1, 2]"),
+    (["{photo}", "--run", "small", "--epoch", "0"], "no checkpoint of epoch 0; there are [1, 2]"),
+    (["{photo}", "--run", "small", "--num_beams", "0"], "num_beams=0 is too small"),
     (["{photo}", "--run", "small", "--device", "abacus"], "abacus"),
     (["{photo}", "--cluster", "auto"], "name it with --out"),
 ])

@@ -26,6 +26,7 @@ from clipcap.formats.photos import read_photo
 from clipcap.formats.readers import SPLITS, find_layout, official_split, read_captions
 from clipcap.formats.tokenizer import encode_captions
 
+KIND7 = pytest.mark.xfail(strict=True, reason="kind 7: reasonable calls of the API")
 TEXT = dict(context_length=8, vocab_size=20, transformer_width=64, transformer_heads=1, transformer_layers=1)
 
 
@@ -196,6 +197,26 @@ def test_a_batch_has_each_image_once_and_pads_its_captions(store, tokenizer):
     assert batch["input_ids"][batch["attention_mask"] == 0].unique().tolist() == [tokenizer.pad_token_id]
     assert (tuple(batch["embedding"].shape), batch["image_of"].tolist()) == ((2, 4), [0, 0, 1, 1, 1])
     assert torch.equal(batch["embedding"][batch["image_of"][4]], store["b"])
+
+
+@pytest.mark.parametrize("sampling", [pytest.param("random", marks=KIND7), "all"])
+def test_items_count_from_the_end_as_those_of_a_list(store, tokenizer, sampling):
+    dataset = FlickrDataset(TABLE, store, tokenizer, caption_sampling=sampling)
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        for item in range(1, len(dataset) + 1):
+            back, forth = dataset[-item], dataset[len(dataset) - item]
+            assert back["caption"] == forth["caption"] and torch.equal(back["input_ids"], forth["input_ids"])
+    for item in (len(dataset), -len(dataset) - 1, 10**9):
+        with pytest.raises(IndexError): dataset[item]
+    for item in (np.int64(1), torch.tensor(1)): assert dataset[item]["caption"] == dataset[1]["caption"]
+
+
+@KIND7
+@pytest.mark.parametrize("sampling", ["al", "", None, "ALL"])
+def test_unknown_way_of_sampling_captions_is_named(store, tokenizer, sampling):
+    with pytest.raises(ValueError, match=f"caption_sampling={sampling!r} is unknown; choose one of \\('random', 'all'\\)"):
+        FlickrDataset(TABLE, store, tokenizer, caption_sampling=sampling)
 
 
 def test_caption_without_embedding_is_named(store, tokenizer):

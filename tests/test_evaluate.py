@@ -131,6 +131,10 @@ def test_checkpoint_and_ensemble_are_those_asked_for(outputs, monkeypatch, epoch
     assert error.value.args[0] == (["new", "other", "another"], used, config.device)
 
 
+def test_epoch_zero_is_not_the_last(trained):
+    with pytest.raises(ValueError, match=r"no checkpoint of epoch 0; there are \["): evaluate_run(*trained, epoch=0)
+
+
 def test_what_is_written_is_what_was_measured(trained):
     run, config = trained
     data, captions = load_data(run, config), read_captions_json(run.path/"captions_test.json")

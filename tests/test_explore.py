@@ -85,3 +85,7 @@ def test_run_on_embeddings_has_two_views(tiny):
     page.children[1].value = "A dog ."
     assert len(views(page)) == 2 and all(views(page))
     assert "no view of the photo" in page.children[3].value
+
+
+def test_epoch_zero_is_not_the_last(trained):
+    with pytest.raises(ValueError, match=r"no checkpoint of epoch 0; there are \["): explore("demo", epoch=0, device="cpu")

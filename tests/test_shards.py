@@ -12,8 +12,9 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
-from test_stream import json_lines, save_run, varied_model
+from test_stream import CAPTIONING, DIVERSE, another, json_lines, save_run, varied_model
 
+from clipcap.core import Run, make_config
 from clipcap.data import embed_photos, encode_images, load_clip
 from clipcap.decoding.stream import caption_files
 from clipcap.formats.embeddings import Embeddings
@@ -104,7 +105,7 @@ def test_shard_says_what_it_is_and_is_written_once(units, writer, out):
     idle = writer._replace(write=refuse)
     assert write_shard(units[0], out, idle, writer.settings) == summary
     with pytest.raises(AssertionError, match="nothing to do"): write_shard(dataclasses.replace(units[0], stamp="other"), out, idle, writer.settings)
-    with pytest.raises(ValueError, match="was made with dtype='float32', and now it is 'float16'; name another"):
+    with pytest.raises(ValueError, match="was made with dtype='float32', and now it is 'float16'; use the same settings, name another"):
         write_shard(units[0], out, idle, HALF().settings)
 
 
@@ -170,9 +171,63 @@ def test_other_settings_are_refused_before_anything_is_done(units, out):
     write_shards(MINI, units, out)
     before = state(out)
     with pytest.raises(ValueError, match="was made with dtype='float32', and now it is 'float16'"): write_shards(HALF, units, out)
-    with pytest.raises(ValueError, match="was made with source=None, and now it is 'elsewhere'"): write_shards(MINI, units, out, source="elsewhere")
+    with pytest.raises(ValueError, match="was made with source=.not recorded., and now it is 'elsewhere'"): write_shards(MINI, units, out, source="elsewhere")
     assert changed(out, before) == []
     assert write_shards(HALF, units[:1], out, restart=True)["row"]["dtype"] == "float16" and [*state(out)] == ["00000.safetensors"]
+
+
+@pytest.fixture
+def quick(outputs, monkeypatch):
+    "A function that makes a writer of captions of the run `small` with these settings; it loads no model, and writes nothing but headers."
+    model = varied_model()
+    save_run("small", model, (1, 2)), save_run("other", model)
+    monkeypatch.setattr("clipcap.decoding.stream.load_ensemble", lambda *_: model)
+    monkeypatch.setattr("clipcap.decoding.stream._writer", lambda *_: None)
+    def write(unit, path, header, progress):
+        path.write_text(json.dumps(header | {"rows": 1, "bad": 0}) + "\n")
+        return {"rows": 1, "bad": 0}
+    def make(options={}, **changes):
+        Run("small").update(config=dataclasses.asdict(make_config("mini", device="cpu", **DIVERSE | changes)))
+        return partial(lambda writer: writer._replace(write=write), captioner("small", **options))
+    return make
+
+
+@pytest.mark.parametrize("name", CAPTIONING)
+def test_shards_of_any_other_setting_are_refused(quick, units, tmp_path, name):
+    plain, other = {}, {name: another(name)}
+    for number, (before, now) in enumerate([(plain, other), (other, plain)]):
+        index = write_shards(quick(**before), units, out := str(tmp_path/f"{number}"))
+        with pytest.raises(ValueError, match=f"00.jsonl was made with {name}=.*, and now it is .*; use the same settings, name another file or folder"):
+            write_shards(quick(**now), units, out)
+        assert write_shards(quick(**before), units, out) == index
+
+
+@pytest.mark.parametrize("before, now", [("float32", None), (None, "float32"), ("float32", "auto")])
+def test_shards_of_another_precision_are_refused(quick, units, out, before, now):
+    write_shards(quick({"precision": before}, precision="auto"), units, out)
+    with pytest.raises(ValueError, match=f"was made with precision='{before or 'auto'}', and now it is '{now or 'auto'}'"):
+        write_shards(quick({"precision": now}, precision="auto"), units, out)
+
+
+def test_shards_begun_with_a_length_penalty_are_not_continued_without(outputs, units, out):
+    run, make = save_run("small", varied_model(), max_length=4, num_beams=2, length_penalty=0.2), partial(captioner, "small", device="cpu")
+    write_shards(make, units[:1], out)
+    before = state(out)
+    run.update(config=run.manifest["config"] | {"length_penalty": 1.})
+    with pytest.raises(ValueError, match="00000.jsonl was made with length_penalty=0.2, and now it is 1.0; use the same settings"): write_shards(make, units, out)
+    assert changed(out, before) == [] and len(state(out)) == 1
+
+
+def test_setting_that_is_no_longer_given_is_a_difference(units, out):
+    write_shards(MINI, units, out, source="album")
+    with pytest.raises(ValueError, match="was made with source='album', and now it is .not recorded."): write_shards(MINI, units, out)
+
+
+def test_shards_of_captions_say_in_which_precision_they_were_computed(outputs, units, out):
+    save_run("small", varied_model(), max_length=4, num_beams=1)
+    index = write_shards(partial(captioner, "small", device="cpu"), units, out)
+    assert index["settings"]["precision"] == "float32"  # as the preset says
+    assert [shard["computed_in"] for shard in index["shards"]] == ["float32"]*2 == [read_header(f"{out}/0000{n}.jsonl")["computed_in"] for n in range(2)]
 
 
 def test_unit_without_a_readable_photo_says_what_rows_would_be_like(tmp_path, writer, out):
@@ -224,7 +279,7 @@ def test_captions_are_those_of_one_file(outputs, album, tmp_path, out):
     assert len({row.get("caption") for row in rows}) > 5 and [Path(row["image"]).name for row in rows if "error" in row] == ["damaged.png", "note.jpg"]
     assert (index["rows"], index["bad"], index["settings"]["num_beams"]) == (12, 2, 5)
     with pytest.raises(ValueError, match="num_beams=5, and now it is 1"): write_shards(partial(make, num_beams=1), units, out)
-    with pytest.raises(ValueError, match="was made with encoder=None, and now it is 'mini@"): write_shards(MINI, units, out)
+    with pytest.raises(ValueError, match="was made with encoder=.not recorded., and now it is 'mini@"): write_shards(MINI, units, out)
 
 
 def test_sampled_captions_depend_on_the_unit_alone(outputs, album, tmp_path):

@@ -2,6 +2,8 @@
 import dataclasses
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,25 +16,28 @@ import torch
 from PIL import Image
 
 from clipcap.checks.literal import literal_beam_search
-from clipcap.core import Run, make_config
-from clipcap.data import encode_images
+from clipcap.core import DECODING, FIELDS, Run, make_config
+from clipcap.data import encode_images, load_clip
 from clipcap.decoding.load import load_run
-from clipcap.decoding.stream import begin_captions, caption_files, caption_settings, caption_stream, find_photos, read_ahead, read_paths
+from clipcap.decoding.stream import (begin_captions, caption_files, caption_settings, caption_stream, find_photos, load_captioner, read_ahead,
+                                     read_paths)
 from clipcap.formats.photos import read_photo
-from clipcap.model import generate_from_embeddings, generate_ids, load_model
+from clipcap.formats.tokenizer import gpt2_path
+from clipcap.model import generate_from_embeddings, generate_ids, gpt2_hash, load_model
 from clipcap.networks.packing import has_bf16
 from clipcap.runs.checkpoints import save_checkpoint
+from clipcap.runs.files import asset_path
 
 SETTINGS = {"run": "small", "checkpoint": "mapping_network_epoch_2.pth", "sha256": "0123456789abcdef", "num_beams": 5, "max_length": 12}
 HEADER, A, B = (json.dumps(line) + "\n" for line in (SETTINGS, {"image": "a.jpg", "caption": "A dog ."}, {"image": "b.jpg", "error": "damaged"}))
 KILLED = """
 import json, os, signal, sys
 from clipcap.decoding import stream
-generate, batches = stream.generate_caption_batch, iter("012")  # 0: the empty batch that asks for CLIP
+encode, batches = stream.encode_images, iter("12")
 def third_kills(*args):
     if next(batches, None) is None: os.kill(os.getpid(), signal.SIGKILL)
-    return generate(*args)
-stream.generate_caption_batch = third_kills
+    return encode(*args)
+stream.encode_images = third_kills
 stream.caption_files(json.loads(sys.argv[1]), "small", sys.argv[2], batch_size=4, device="cpu")"""
 
 
@@ -49,6 +54,18 @@ def save_run(name, model, epochs=(1,), **changes):
     run.update(preset="mini", config=dataclasses.asdict(make_config("mini", device="cpu", **changes)))
     for epoch in epochs: save_checkpoint(run.path/f"checkpoints/mapping_network_epoch_{epoch}.pth", model.mapping_network.state_dict())
     return run
+
+
+CAPTIONING = (*DECODING, "num_beams", "max_length", "seed", "checkpoint")  # settings that change a caption
+DIVERSE = {"rerank": "mbr", "num_beams": 12}  # with which each of them alone may have another value
+
+
+def another(name, seed=0):
+    "A possible value of a setting, drawn, other than that of `DIVERSE`."
+    draw, config = random.Random(f"{name} {seed}"), make_config("mini", **DIVERSE)
+    if name in ("ensemble", "checkpoint"): return {"ensemble": "other", "checkpoint": "average"}[name]
+    if FIELDS[name]["choices"]: return draw.choice([choice for choice in FIELDS[name]["choices"] if choice != getattr(config, name)])
+    return getattr(config, name) + (draw.randint(1, 3) if isinstance(getattr(config, name), int) else round(draw.uniform(0.1, 2), 2))
 
 
 def json_lines(path): return [json.loads(line) for line in Path(path).read_text().splitlines()]
@@ -164,7 +181,8 @@ def test_model_without_clip_is_refused_before_photos_are_read(mini_model):
 
 def test_settings_name_run_checkpoint_and_search(small):
     settings = caption_settings(small)
-    assert settings == {**SETTINGS, "sha256": settings["sha256"]} and len(settings["sha256"]) == 16
+    assert settings == {**{name: getattr(make_config("mini"), name) for name in (*DECODING, "seed")}, **SETTINGS,
+                        "sha256": settings["sha256"], "gpt2": gpt2_hash("mini")} and len(settings["sha256"]) == 16
     assert caption_settings(small, epoch=1, num_beams=3) == settings | {"checkpoint": "mapping_network_epoch_1.pth", "num_beams": 3}
     small.update(config=small.manifest["config"] | {"ensemble": "small"})
     both = caption_settings(small)
@@ -179,6 +197,73 @@ def test_settings_name_run_checkpoint_and_search(small):
 def test_run_that_cannot_caption_is_refused(small, model, name, options, message):
     save_run("untrained", model, ())
     with pytest.raises(ValueError, match=message): caption_settings(Run(name), **options)
+
+
+def test_epoch_zero_is_not_the_last(small):
+    for call in (caption_settings, lambda run, epoch: load_captioner(run.name, epoch, device="cpu")):
+        with pytest.raises(ValueError, match=r"no checkpoint of epoch 0; there are \[1, 2\]"): call(small, 0)
+
+
+@pytest.mark.parametrize("name", CAPTIONING)
+def test_every_setting_that_changes_a_caption_is_compared(small, model, tmp_path, name):
+    "In both directions: also where one of the two has the default."
+    save_run("other", model)
+    def settings(**changes):
+        small.update(config=dataclasses.asdict(make_config("mini", device="cpu", **DIVERSE | changes)))
+        return caption_settings(small)
+    plain, other = {}, {name: another(name)}
+    for number, (before, now) in enumerate([(plain, other), (other, plain)]):
+        path, values = tmp_path/f"{number}.jsonl", [settings(**changes).get(name) for changes in (before, now)]
+        begin_captions(path, settings(**before))
+        with pytest.raises(ValueError) as refused: begin_captions(path, settings(**now))
+        assert f"{number}.jsonl was made with {name}={values[0]!r}, and now it is {values[1]!r}; use the same settings, name another" in str(refused.value)
+        assert begin_captions(path, settings(**before)) == set()
+
+
+@pytest.mark.parametrize("option, part", [("gpt2_model", "gpt2"), ("clip_model", "(?i)clip")])
+def test_captions_of_replaced_backbones_are_not_continued(outputs, model, tmp_path, option, part):
+    from safetensors.torch import load_file, save_file
+    weights, given = tmp_path/"clip.safetensors", tmp_path/"clip.safetensors"
+    if option == "gpt2_model": weights = shutil.copytree(gpt2_path("mini"), given := tmp_path/"gpt2")/"model.safetensors"
+    else: shutil.copy(asset_path("mini/clip.safetensors"), weights)
+    save_run("small", model, **{option: str(given)})
+    def begin(): return begin_captions(tmp_path/"captions.jsonl", load_captioner("small", device="cpu")[0])
+    begin(), begin()
+    tensors = load_file(weights)
+    name = next(name for name in sorted(tensors) if tensors[name].is_floating_point() and tensors[name].ndim == 2)
+    save_file(tensors | {name: tensors[name]*1.01}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=part): begin()
+
+
+def test_captions_ranked_by_other_training_captions_are_not_continued(small, tmp_path):
+    def settings(data_hash, **changes):
+        config = dataclasses.asdict(make_config("mini", device="cpu", **changes))
+        small.update(config=config, stages={"01_data": {"config": config, "data_hash": data_hash}})
+        return caption_settings(small)
+    begin_captions(tmp_path/"captions.jsonl", settings("a"*64, rerank="mbr"))
+    with pytest.raises(ValueError, match="data_hash='aaaaaaaaaaaa', and now it is 'bbbbbbbbbbbb'"): begin_captions(tmp_path/"captions.jsonl", settings("b"*64, rerank="mbr"))
+    assert settings("a"*64) == settings("b"*64)
+
+
+@pytest.mark.parametrize("begun, now", [(set(), {"gpt2"}), ({"gpt2"}, set())])
+def test_captions_file_without_one_of_the_settings_is_not_continued(small, tmp_path, begun, now):
+    "As an earlier or a later version may write it."
+    path, settings = tmp_path/"captions.jsonl", {**SETTINGS, "gpt2": "mini@0123456789abcdef"}
+    def without(names): return {k: v for k, v in settings.items() if k not in names}
+    begin_captions(path, without(begun))
+    with pytest.raises(ValueError, match="was made with gpt2=.*, and now it is .*") as refused: begin_captions(path, without(now))
+    assert "(not recorded)" in str(refused.value) and settings["gpt2"] in str(refused.value)
+
+
+def test_captions_begun_with_a_length_penalty_are_not_continued_without(small, photos, tmp_path):
+    out, plain = tmp_path/"captions.jsonl", small.manifest["config"]
+    small.update(config=plain | {"length_penalty": 0.2})
+    caption_files(photos[:2], "small", out, device="cpu")
+    begun = out.read_bytes()
+    small.update(config=plain)
+    with pytest.raises(ValueError, match=r"captions.jsonl was made with length_penalty=0.2, and now it is 1.0; use the same settings, name another file"):
+        caption_files(photos, "small", out, device="cpu")
+    assert out.read_bytes() == begun
 
 
 @pytest.mark.parametrize("before, after, done", [
@@ -215,7 +300,7 @@ def test_captions_file_has_a_row_for_each_photo(small, photos, broken, tmp_path,
     with pytest.warns(UserWarning, match="1 photos can't be read"): counts = caption_files(paths, "small", out, batch_size=4, device="cpu")
     assert counts == {"captioned": 12, "unreadable": 1, "done": 0}
     first, *rows = json_lines(out)
-    assert first == {**caption_settings(small), "precision": "float32"}
+    assert first == {**caption_settings(small), "clip": load_clip("mini")[2], "precision": "float32"}
     expected = caption_stream(load_run("small", device="cpu"), photos, 4, max_length=12)
     assert rows[:12] == [{"image": str(path), "caption": caption} for path, caption in expected]
     assert rows[12].keys() == {"image", "error"}

@@ -16,17 +16,18 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from ..core import Config, Run
+from ..core import DECODING, Config, Run
 from ..data import encode_images, load_data
 from .load import load_ensemble
 from ..formats.photos import PHOTO_SUFFIXES, read_photo, warn_of_others
-from ..model import ClipCapModel, decoding_protocol, generate_caption_batch, plain_writer
+from ..model import ClipCapModel, generate_caption_batch, generate_from_embeddings, gpt2_hash, plain_writer
 from ..runs.checkpoints import checkpoint_paths
 from ..runs.files import atomic_path, hash_file
 
@@ -60,10 +61,10 @@ def caption_stream(
     read: Callable = read_photo,  # path -> image
 ) -> Iterator[tuple]:  # (path, its caption or the exception that reading it raised), in order
     "Caption photos as they come, in constant memory. Raises `ValueError` for a model without CLIP."
-    generate_caption_batch([], model)  # refuses a model without CLIP before any photo is read
+    generate_caption_batch([], model, max_length, num_beams)  # raises `ValueError` before any photo is read
+    write = write or partial(generate_from_embeddings, model=model, max_length=max_length, num_beams=num_beams)
     def preprocess(path): return model.preprocess(read(path))  # (3, H, W)
     def write_batch(images):
-        if write is None: return generate_caption_batch(images, model, max_length, num_beams)
         with model.autocast(): embeddings = encode_images(model.clip, images, model.features)
         return write(embeddings)
     def caption(batch):
@@ -87,14 +88,17 @@ def caption_settings(
     epoch: int | str | None = None,  # checkpoint: number, "best", or None: as the run's `checkpoint` says
     num_beams: int | None = None,  # None: the run's own
 ) -> dict:  # the first line of a captions file
-    "Return the settings that determine a caption, except for precision. Raises `ValueError` for a run that is not trained."
+    "Return the settings that determine a caption, except for CLIP and precision. Raises `ValueError` for a run that is not trained."
     if not run.manifest: raise ValueError(f"there is no run {run.name!r} in {run.path.parent}")
     config = writing_config(run, num_beams)
-    paths = [p for name in (run.name, *config.ensemble.split()) for p in checkpoint_paths(Run(name, run.path.parent), epoch or config.checkpoint)]
+    runs = [Run(name, run.path.parent) for name in (run.name, *config.ensemble.split())]
+    paths = [p for r in runs for p in checkpoint_paths(r, config.checkpoint if epoch is None else epoch)]
     files = [f for p in paths for f in (p, p.with_name(p.name.replace("mapping_network", "gpt2")), p.with_name("prompts.pth")) if f.is_file()]
     digest = hash_file(files[0]) if len(files) == 1 else hashlib.sha256("".join(map(hash_file, files)).encode()).hexdigest()
-    return {"run": run.name, "checkpoint": " + ".join(p.name for p in paths), "sha256": digest[:16],
-            **decoding_protocol(config), "max_length": config.max_length}
+    gpt2 = " + ".join(gpt2_hash(name) for name in dict.fromkeys(r.config("03_train").gpt2_model for r in runs))
+    ranked_by = {} if config.rerank == "none" else {"data_hash": run.stage_entry("01_data").get("data_hash", "")[:12]}
+    return {"run": run.name, **{name: getattr(config, name) for name in ("num_beams", *DECODING, "max_length", "seed")},
+            "checkpoint": " + ".join(p.name for p in paths), "sha256": digest[:16], "gpt2": gpt2, **ranked_by}
 
 # %% ../../nbs/decoding/stream.ipynb #c6d13708
 def check_settings(
@@ -102,11 +106,12 @@ def check_settings(
     found: dict,  # settings that it was made with
     settings: dict,  # settings that are wanted now
 ):
-    "Raise `ValueError` naming the first setting that differs."
-    for name, value in settings.items():
-        if found.get(name) != value:
-            raise ValueError(f"{where} was made with {name}={found.get(name)!r}, and now it is {value!r}; "
-                             "name another file or folder, or begin this one anew with restart")
+    "Raise `ValueError` naming the first setting that differs, or that one of the two lacks."
+    def shown(values, name): return repr(values[name]) if name in values else "(not recorded)"
+    for name in settings | found:
+        if name not in settings or name not in found or settings[name] != found[name]:
+            raise ValueError(f"{where} was made with {name}={shown(found, name)}, and now it is {shown(settings, name)}; "
+                             "use the same settings, name another file or folder, or begin this one anew with restart")
 
 
 def begin_captions(
@@ -137,8 +142,7 @@ def begin_captions(
 
 # %% ../../nbs/decoding/stream.ipynb #7818eb93
 def _writer(model, run, config):
-    "Return the function that writes captions; None for plain beam search."
-    if decoding_protocol(config) == {"num_beams": config.num_beams}: return None
+    "Return the function that writes captions."
     if config.rerank == "none": return plain_writer(model, config)
     from clipcap.decoding.rerank import caption_writer  # imported late: the first caption should not wait for it
     from clipcap.scoring.clipscore import text_encoder
@@ -163,9 +167,9 @@ def load_captioner(
     read: Callable = read_photo,  # path -> image
 ) -> tuple[dict, Callable]:  # settings that determine a caption; photos -> `caption_stream` of them
     "Load a run for captioning. Raises `ValueError` as its parts do."
-    settings, config = caption_settings(Run(run), epoch, num_beams), writing_config(Run(run), num_beams)
-    model = load_ensemble([run, *config.ensemble.split()], epoch or config.checkpoint, device, precision)
-    settings["precision"] = model.precision
+    config = writing_config(Run(run), num_beams)
+    model = load_ensemble([run, *config.ensemble.split()], config.checkpoint if epoch is None else epoch, device, precision)
+    settings = {**caption_settings(Run(run), epoch, num_beams), "clip": getattr(model.clip, "encoder_id", None), "precision": model.precision}
     if config.samples or config.temperature: settings["batch_size"] = batch_size  # sampling depends on the batch
     write = _writer(model, Run(run), config)
     return settings, lambda photos: caption_stream(model, photos, batch_size, config.max_length, config.num_beams, write, read)

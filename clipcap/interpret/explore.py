@@ -95,7 +95,7 @@ def explore(
     "Make a page with an image, its caption, and the three views of `clipcap.attention`. Raises as `load_run` does."
     import ipywidgets as w
     run, config = open_run(run)
-    data, model = load_data(run, config), load_run(run.name, epoch or config.checkpoint, device, "float32")
+    data, model = load_data(run, config), load_run(run.name, config.checkpoint if epoch is None else epoch, device, "float32")
     captions, references = read_captions_json(run.path/f"captions_{split}.json"), data.references(split)
     wide = w.Layout(width="98%")
     image = w.Combobox(options=list(captions), value=next(iter(captions)), description="image", ensure_option=True)
