@@ -84,6 +84,8 @@ def pack(
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0., place=None, **options):
     "Compute attention as transformers calls it; `place` (N,) is where each of N slots lies in the rows of the mask."
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as fused
+    left_out = [name for name in ("softcap", "s_aux") if options.get(name) is not None]  # caps of scores; sinks of attention
+    if left_out: raise ValueError(f"fused attention computes no {left_out[0]}; use the model's eager attention")
     if place is None:
         return fused(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options)
     R, _, T, _ = attention_mask.shape
