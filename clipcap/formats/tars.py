@@ -21,7 +21,8 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from .photos import is_photo, other_photos
-from .readers import Folders, Reader, file_stamp, find_files, leads_out, read_json, read_lines, split_of
+from .readers import Folders, Reader, file_stamp, find_files, leads_out, split_of
+from .tables import is_table, read_json, read_lines
 
 # %% ../../nbs/formats/tars.ipynb #bb602462
 _URL = re.compile(r"(?:https?|ftp)://\S+", re.IGNORECASE)
@@ -253,4 +254,5 @@ IMG2DATASET = Reader(
      "*/[0-9][0-9][0-9][0-9][0-9]/", "[0-9]*.parquet", "*.tsv"),
     "00000.tar or 00000/ and so on, in it or in folders such as train/, or a .tsv beside them",
     "photos, each with a .txt or .json of its name, or a table of URLs and captions beside them",
-    "shards have one where they lie in folders train, val and test", read_img2dataset)
+    "shards have one where they lie in folders train, val and test", read_img2dataset,
+    keep=lambda files: [f for f in files if f.suffix != ".tsv" or not is_table(f)])
