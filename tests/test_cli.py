@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from clipcap.apps.cli import first_captions, group_references, main, match, read_pairs, written_under
+from clipcap.apps.cli import main, references_with_words, written_under
 from clipcap.core import Run, make_config
 
 
@@ -44,57 +44,6 @@ def refused(command):
     return run
 
 
-# --- captions in files
-
-PAIRS = [("7", "A dog runs ."), ("7", 'Say "cheese" , dog'), ("8", "Un niño\ncorre")]
-
-
-@pytest.mark.parametrize("content", [
-    [{"image_id": int(i), "caption": c} for i, c in PAIRS],
-    {"images": [], "annotations": [{"id": 1, "image_id": i, "caption": c} for i, c in PAIRS]},
-    json.dumps({"7": [c for i, c in PAIRS if i == "7"], "8": PAIRS[2][1]}, ensure_ascii=False),
-    "\n".join(json.dumps(row) for row in [{"run": "demo"}, *({"image": i, "caption": c} for i, c in PAIRS)]),
-    "\ufeffimage,caption\r\n" + "".join(f'{i},"{c.replace(chr(34), 2*chr(34))}"\r\n' for i, c in PAIRS),
-], ids=["results", "annotations", "object", "lines", "csv"])
-def test_five_layouts_hold_the_same_captions(tmp_path, content):
-    assert [(str(i), c) for i, c in read_pairs(write(tmp_path/"file", content))] == PAIRS
-
-
-@pytest.mark.parametrize("content, pairs", [
-    ("image,caption\n7,A dog , red\n\n8\n", [("7", "A dog , red"), ("8", "")]),                          # a comma that was not quoted; no caption
-    ('split,caption,image\ntest,"A dog , red",7\ntest\n', [("7", "A dog , red"), ("", None)]),           # other columns
-    ('{"image": "a.png", "caption": "A dog ."}\n', [("a.png", "A dog .")]),                              # of one photo
-    ([{"image_id": 7}], [(7, None)]),
-])
-def test_unusual_files_are_read(tmp_path, content, pairs): assert read_pairs(write(tmp_path/"file", content)) == pairs
-
-
-@pytest.mark.parametrize("content, text", [
-    ("[1, 2]", "file is JSON, but not captions"), ("[{", "file is broken JSON"), ("["*9999, "file is broken JSON"), ('{"a": ' + "9"*5000 + "}", "file is broken JSON"),
-    ("name,text\n7,A dog\n", "its first line is 'name,text'"), ("", "its first line is ''"), (b"image,caption\n7,caf\xe9\n", "is not UTF-8 (byte 19"),
-    ('{"image": "7"}\n[7]', "file is JSON Lines, but not"), ('image,caption\n7,"A dog\n' + "8,A cat\n"*20_000, "file, line"),
-    ({"7": "A dog"*3000}, "file: a caption of '7' has 15000 characters; more than 10000 are no caption"),
-], ids=range(10))
-def test_what_holds_no_captions_is_named(tmp_path, content, text):
-    with pytest.raises(ValueError) as error: read_pairs(write(tmp_path/"file", content))
-    assert text in str(error.value) and str(tmp_path/"file") in str(error.value)
-
-
-def test_odd_captions_are_counted_and_the_others_scored():
-    notes = {}
-    with pytest.warns(UserWarning) as told:
-        captions = first_captions([(1, "A dog"), (2, ""), (3, None), (None, "A cat"), (1, "A dog"), ("1", "Two dogs"), (4, ["A", "b"]), (5, "x")], notes)
-        people = group_references([(1, "A dog"), (1, "..."), (2, "A cat"), (3, "..."), (None, "x"), (4, None), (4, "One"), (9, "Two cows")], notes)
-        captions, people = match(captions, people, notes)
-    assert captions == {"1": "A dog", "2": "", "4": ""} and people == {"1": ["A dog"], "2": ["A cat"], "4": ["One"]}
-    assert notes == {"captions without an image id, left out": 1, "empty captions, scored 0": 3,
-                     "images with several captions, the first is scored": 1, "references without an image id, left out": 1,
-                     "images with references without a word, which are left out": 2, "images without any word in their references, left out": 1,
-                     "captions without references, left out": 2, "images with references but without a caption, left out": 1}
-    assert [str(w.message) for w in told][:2] == ["captions without an image id, left out: 1 (number 4)", "empty captions, scored 0: 3 (2, 3, 4)"]
-    with pytest.raises(ValueError, match="the captions are of a.jpg, the references of a; write ids the same way"): match({"a.jpg": "x"}, {"a": ["x"]}, {})
-
-
 # --- score
 
 RESULTS = [{"image_id": 1, "caption": "a black dog runs through the snow"}, {"image_id": 2, "caption": "a girl climbs stairs"},
@@ -122,7 +71,7 @@ def test_scores_are_those_of_the_library_for_json_and_csv(command, files, tmp_pa
     assert per_image.loc["4", "cider"] > 5 and per_image.loc["1", "bleu_1"] > 0.5  # line breaks and letters outside English pass
     assert {k: saved["protocol"][k] for k in ("images", "references", "tokenization", "images with references but without a caption, left out")} == {
         "images": 5, "references": 6, "tokenization": "ptb", "images with references but without a caption, left out": 1}
-    pd.DataFrame([(r["image_id"], r["caption"]) for r in RESULTS], columns=["image", "caption"]).to_csv(tmp_path/"c.csv", index=False)
+    pd.DataFrame([(r["image_id"], r["caption"].replace("\n", " ")) for r in RESULTS], columns=["image", "caption"]).to_csv(tmp_path/"c.csv", index=False)
     pd.DataFrame(HUMAN, columns=["image", "caption"]).to_csv(tmp_path/"r.csv", index=False)
     def corpus(*words): assert command("score", *words, "--metrics", "bleu_1 cider", "--json", tmp_path/"t.json")[0] == 0; return json.loads((tmp_path/"t.json").read_text())["corpus"]
     assert corpus(tmp_path/"c.csv", tmp_path/"r.csv") == direct.corpus != corpus(*files, "--tokenization", "raw")
@@ -130,7 +79,7 @@ def test_scores_are_those_of_the_library_for_json_and_csv(command, files, tmp_pa
 
 @pytest.mark.parametrize("words, status, text", [
     (["score", "absent.json", "references"], 1, "absent.json"),
-    (["score", "captions", "table.csv"], 1, "neither JSON nor a CSV with the header image,caption"),
+    (["score", "captions", "table.csv"], 1, "table.csv, line 1: expected the header"),
     (["score", "captions", "references", "--metrics", "cidre"], 1, "got ['cidre']"),
     (["score", "captions", "references", "--tokenization", "spacy"], 1, "not 'spacy'"),
     (["score", "foreign", "references"], 1, "the captions are of a.jpg, the references of 1, 2, 3"),
@@ -143,6 +92,14 @@ def test_wrong_words_and_files_end_in_a_line_that_names_them(refused, files, tmp
     monkeypatch.chdir(tmp_path)
     for name, content in {"foreign": {"a.jpg": "a dog"}, "nothing": [], "table.csv": "image_id,cider\n1,0.5\n"}.items(): write(tmp_path/name, content)
     refused(*words, status=status, text=text)
+
+
+def test_references_without_a_word_are_left_out_and_counted():
+    notes = {}
+    with pytest.warns(UserWarning) as told:
+        found = references_with_words({"1": ["A dog", "..."], "2": ["A cat"], "3": ["...", ""], "4": ["", "One"]}, notes)
+    assert found == {"1": ["A dog"], "2": ["A cat"], "4": ["One"]} and len(told) == 2
+    assert notes == {"images with references without a word, which are left out": 2, "images without any word in their references, left out": 1}
 
 
 def test_help_names_commands_and_options(command):

@@ -2,6 +2,7 @@
 import json
 import random
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from data_files import read_files, write
 
 from clipcap.apps.cli import main
 
-MENDED_LATER = pytest.mark.xfail(strict=True, reason="issue 23, kind 5: not mended yet")
+KIND_4 = pytest.mark.xfail(strict=True, reason="issue 23, kind 4: tables of other separators are not read yet, by training neither")
 
 # CIDEr of these captions with these references is 1.5806 (reference tool)
 CAPTIONS = {"a.jpg": "a brown dog runs in the grass", "b.jpg": "two men play football", "c.jpg": "a girl in a red dress"}
@@ -52,7 +53,6 @@ REFERENCES = {  # file name -> content, all of the same references
     "annotations_30k/flickr_annotations_30k.csv": "raw,split,filename\n" + "".join(
         '"{}",test,{}\n'.format(json.dumps(texts).replace('"', '""'), i) for i, texts in PEOPLE.items()),
 }
-TODAY = {"refs.json", "captions.txt", "rows.json", "bare_annotations.json", "lines.jsonl"}  # read before
 HYPOTHESES = {
     "results.json": [{"image_id": i, "caption": c} for i, c in CAPTIONS.items()], "plain.json": CAPTIONS,
     "pycoco.json": {i: [{"caption": c}] for i, c in CAPTIONS.items()},
@@ -67,7 +67,6 @@ HYPOTHESES = {
     "table.tsv": lines([("image", "caption"), *CAPTIONS.items()], "\t"),
     "lines.jsonl": "\n".join(json.dumps({"image": i, "caption": c}) for i, c in CAPTIONS.items()),
 }
-READ_BEFORE = {"results.json", "plain.json", "lists.json", "table.csv", "lines.jsonl"}
 
 
 @pytest.fixture
@@ -87,19 +86,18 @@ def cider(tmp_path, capsys):
 
 # --- the same references in every form
 
-@pytest.mark.parametrize("name", [n if n in TODAY else pytest.param(n, marks=MENDED_LATER) for n in REFERENCES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=KIND_4) if n == "tabs.tsv" else n for n in REFERENCES])
 def test_references_of_every_form_score_alike(cider, name):
     status, found, said = cider(CAPTIONS, REFERENCES[name], names=("captions", name))
     assert status == 0 and round(found, 4) == RIGHT, said
 
 
-@pytest.mark.parametrize("name", [n if n in READ_BEFORE else pytest.param(n, marks=MENDED_LATER) for n in HYPOTHESES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=KIND_4) if n == "table.tsv" else n for n in HYPOTHESES])
 def test_captions_of_every_form_score_alike(cider, name):
     status, found, said = cider(HYPOTHESES[name], PEOPLE, names=(name, "references"))
     assert status == 0 and round(found, 4) == RIGHT and "empty" not in said, said
 
 
-@MENDED_LATER
 def test_files_of_public_reports_score_as_the_reference_tool(cider, shared):
     listed = shared/"cases/04-score-caption-in-a-list"
     others = shared/"cases/11-score-reads-less-than-training"
@@ -108,7 +106,6 @@ def test_files_of_public_reports_score_as_the_reference_tool(cider, shared):
     assert len(pairs) >= 6 and {(p.name, q.name): round(cider(p, q)[1] or 0, 4) for p, q in pairs} == {(p.name, q.name): RIGHT for p, q in pairs}
 
 
-@MENDED_LATER
 @pytest.mark.parametrize("name, content", [(n, REFERENCES[n]) for n in ("Flickr8k.token.txt", "captions.txt", "results.csv", "dataset_flickr8k.json", "captions_val2014.json")] + [
     ("captions.txt", "image,caption,id\na.jpg,a dog,0\nb.jpg,a cat,1\n"), ("captions.txt", ",image,caption\n0,a.jpg,a dog\n1,b.jpg,a cat\n"),
     ("captions.txt", "image,caption\na.jpg,a dog, red\nb.jpg,a cat\n"), ("captions.txt", "image,caption\na.jpg\n"), ("captions.txt", "name,words\na.jpg,a dog\n"),
@@ -125,35 +122,62 @@ def test_score_reads_what_training_reads_and_refuses_what_it_refuses(tmp_path, n
     assert outcome(lambda: read_references(tmp_path/name, {})[0]) == trained
 
 
-@MENDED_LATER
 def test_references_may_be_a_folder_that_training_reads(cider, tmp_path):
     write(tmp_path/"data", {"captions.txt": REFERENCES["captions.txt"]})
     assert round(cider(CAPTIONS, tmp_path/"data")[1] or 0, 4) == RIGHT
 
 
+@pytest.mark.parametrize("content, found", [
+    ("image,caption\n7,A dog , red\n\n8,\n", {"7": "A dog , red", "8": ""}),  # a comma that was not quoted; an empty caption
+    ('{"image": "a.png", "caption": "A dog ."}\n', {"a.png": "A dog ."}),  # of one photo
+    ('{"run": "demo"}\n{"image": "a.png", "caption": "A dog ."}\n{"image": "b.png", "error": "damaged"}', {"a.png": "A dog .", "b.png": ""}),
+    ([{"image_id": 1, "caption": "x"}, {"image_id": None, "caption": "y"}, {"image_id": 1, "caption": "x"}, {"image_id": "1", "caption": "z"}], {"1": "x"}),
+    ("\ufeffimage,caption\r\n7,\"Say \"\"cheese\"\"\"\r\n", {"7": 'Say "cheese"'}), ({"7": None, "8": [], "9": "Un niño\ncorre"}, {"7": "", "8": "", "9": "Un niño\ncorre"})])
+@pytest.mark.filterwarnings("ignore")
+def test_unusual_files_are_read(tmp_path, content, found):
+    from clipcap.formats.results import read_hypotheses
+    write(tmp_path, {"file": content})
+    assert read_hypotheses(tmp_path/"file", {}) == found
+
+
+def test_odd_captions_are_counted_and_the_others_scored(tmp_path):
+    from clipcap.formats.results import match, read_hypotheses
+    notes = {}
+    rows = [(1, "A dog"), (2, ""), (3, None), (None, "A cat"), (1, "A dog"), ("1", "Two dogs"), (4, ["A"]), (5, "x")]
+    write(tmp_path, {"file": [{"image_id": i, "caption": c} for i, c in rows]})
+    with pytest.warns(UserWarning) as told:
+        captions = read_hypotheses(tmp_path/"file", notes)
+        captions, people = match(captions, {"1": ["A dog"], "2": ["A cat"], "4.jpg": ["One"], "9": ["Two cows"]}, notes)
+    assert captions == {"1": "A dog", "2": "", "4": "A"} and people == {"1": ["A dog"], "2": ["A cat"], "4": ["One"]}
+    assert notes == {"captions without an image id, left out": 1, "empty captions, scored 0": 2, "images with several captions, the first is scored": 1,
+                     "captions whose references have another spelling of the id": 1, "captions without references, left out": 2,
+                     "images with references but without a caption, left out": 1}
+    assert [str(w.message) for w in told][:2] == ["captions without an image id, left out: 1 (number 4)", "empty captions, scored 0: 2 (2, 3)"]
+    with pytest.raises(ValueError, match="the captions are of a.png, the references of a.jpg; write ids the same way"): match({"a.png": "x"}, {"a.jpg": ["x"]}, {})
+
+
 # --- what is no caption
 
-@MENDED_LATER
 @pytest.mark.parametrize("content, text", [
     ({"a.jpg": ["a dog", "a cat"], "b.jpg": "x"}, "a.jpg has a list of 2 captions"), ({"a.jpg": 7, "b.jpg": "x"}, "the caption of a.jpg is a number (7)"),
     ([{"image_id": "a.jpg", "caption": {"en": "a dog"}}], "the caption of a.jpg is an object ({'en': 'a dog'})"),
-    ([{"image_id": "a.jpg", "caption": [["a dog"]]}], "the caption of a.jpg is a list"), ({"a.jpg": [{"text": "a dog"}]}, "the caption of a.jpg is an object"),
+    ([{"image_id": "a.jpg", "caption": [["a dog", 7]]}], "the caption of a.jpg is a list"), ({"a.jpg": [{"text": "a dog"}]}, "the caption of a.jpg is a list ([{'text'"),
     ([{"image_id": "a.jpg", "prediction": "a dog"}], "number 1 has no caption, but the keys image_id, prediction"),
     ([{"caption": "a dog"}], "number 1 has no image_id"), ([{"image_id": ["a.jpg"], "caption": "a dog"}], "number 1 has a list for an image_id"),
     ({"predictions": [{"image_id": 1, "caption": "x"}], "results": [{"image_id": 1, "caption": "y"}]}, "predictions and results"),
     ("image,caption\na.jpg,\"['a dog', 'a cat']\"\n", "a.jpg has a list of 2 captions"), ("image,caption\na.jpg,\"['a dog' 'a cat']\"\n", "looks like a list"),
-    ([1, 2], "expected captions as"), ({"a.jpg": True}, "the caption of a.jpg is")])
+    ([1, 2], "is JSON, but not captions"), ("[{", "is broken JSON"), ("["*9999, "is broken JSON"), ('{"a": ' + "9"*5000 + "}", "is broken JSON"), ("", "expected the header"),
+    ("name,text\n7,A dog\n", "'name,text'"), (b"image,caption\n7,caf\xe9\n", "is not UTF-8 (byte 19"), ('{"image": "7", "caption": "x"}\n[7]', "is JSON, but not captions"),
+    ('image,caption\n7,"A dog\n' + "8,A cat\n"*20_000, "captions, line"), ({"7": "A dog"*3000}, "a caption of '7' has 15000 characters; more than 10000 are no caption"), ({"a.jpg": True}, "the caption of a.jpg is")], ids=range(22))
 def test_what_is_no_caption_is_refused_by_name(cider, content, text):
     status, _, said = cider(content, PEOPLE)
     assert status == 1 and text in said and "captions" in said and "empty captions" not in said, said
 
 
-@MENDED_LATER
 def test_list_in_a_cell_that_is_none_is_refused_for_training_too():
     with pytest.raises(ValueError, match="looks like a list"): read_files({"captions.txt": "image,caption\na.jpg,\"['a dog' 'a cat']\"\nb.jpg,a cat\n"})
 
 
-@MENDED_LATER
 def test_list_in_a_cell_is_its_captions_for_training_and_score(tmp_path):
     from clipcap.formats.results import read_references
     rng, texts = random.Random(0), ["a dog's ball", 'he says "hi"', "both ' and \"", "a, b", "tab\\t", "un niño", "狗", "[a]", "back \\ slash", "😀 x"]
@@ -166,11 +190,19 @@ def test_list_in_a_cell_is_its_captions_for_training_and_score(tmp_path):
         assert read_files({"captions.txt": content})[0] == [(i, c, None) for i, t in wanted.items() for c in t]
 
 
-@MENDED_LATER
 def test_caption_in_brackets_that_is_no_list_stays(tmp_path):
     from clipcap.formats.results import read_references
     write(tmp_path, {"c.csv": 'image,caption\na.jpg,[dog] runs\nb.jpg,"(a ""red"" dog)"\nc.jpg,[ a dog ]\n'})
     assert read_references(tmp_path/"c.csv", {})[0] == {"a.jpg": ["[dog] runs"], "b.jpg": ['(a "red" dog)'], "c.jpg": ["[ a dog ]"]}
+
+
+@pytest.mark.parametrize("text", ["['a'" + " "*10**5 + "x]", "['" + "\\\\"*10**5 + "]", "[" + "'a', "*10**4 + "x]", "(" + "'a', "*10**4 + "x)", "[" + " "*10**5 + "'a'"], ids=range(5))
+def test_hostile_cells_take_no_time(text):
+    from clipcap.formats.lists import caption_list
+    before = time.perf_counter()
+    try: assert caption_list(text) is None
+    except ValueError: pass
+    assert time.perf_counter() - before < 2
 
 
 # --- ids
@@ -182,7 +214,6 @@ SPELLINGS = {"1": str, "1.0": lambda n: f"{n}.0", "000000000001": "{:012}".forma
              "path": "/data/coco/val2014/COCO_val2014_{:012}.jpg".format, "file": "{}.jpg".format, "windows": "C:\\data\\{:012}.jpg".format}
 
 
-@MENDED_LATER
 @pytest.mark.parametrize("ours, theirs", [(a, b) for a in SPELLINGS for b in SPELLINGS if a != b])
 def test_ids_that_name_the_same_image_meet(cider, ours, theirs):
     status, found, said = cider(numbers(SPELLINGS[ours])[0], numbers(SPELLINGS[theirs])[1])
@@ -195,7 +226,6 @@ def test_ids_written_alike_meet_without_a_word(cider):
         assert status == 0 and round(found, 4) == RIGHT and "another spelling" not in said, said
 
 
-@MENDED_LATER
 @pytest.mark.parametrize("spell", [lambda i: i[:-4], lambda i: f"Images/{i}", lambda i: f"/d/{i}", lambda i: f"../{i}", lambda i: f"./x/{i[:-4]}.JPG"],
                          ids=["stem", "folder", "absolute", "up", "capital"])
 def test_file_names_meet_with_and_without_folder_and_ending(cider, spell):
@@ -203,7 +233,6 @@ def test_file_names_meet_with_and_without_folder_and_ending(cider, spell):
     assert round(cider(CAPTIONS, {spell(i): t for i, t in PEOPLE.items()})[1] or 0, 4) == RIGHT
 
 
-@MENDED_LATER
 def test_ids_of_annotations_meet_by_their_images(cider):
     turned = {"images": [{"id": 3 - n, "file_name": f"{n + 1}.jpg"} for n in range(3)],  # id 3 is 1.jpg: the list decides, not the digits
               "annotations": [{"image_id": 3 - n, "caption": c} for n, texts in enumerate(PEOPLE.values()) for c in texts]}
@@ -215,7 +244,6 @@ def test_ids_of_annotations_meet_by_their_images(cider):
     assert round(cider(by_number, karpathy(PEOPLE))[1] or 0, 4) == RIGHT  # imgid
 
 
-@MENDED_LATER
 @pytest.mark.parametrize("captions, references", [
     (["1"], ["cat/1.jpg", "dog/1.jpg"]), (["x/1.jpg", "y/1.jpg"], ["1.jpg"]), (["1"], ["1.jpg", "1.png"]), (["a/1", "b/1"], ["c/1", "d/1"]),
     (["1"], ["COCO_val2014_000000000001", "COCO_train2014_000000000001"]), (["1.0", "001"], ["1"])])
@@ -225,7 +253,6 @@ def test_ids_that_could_name_two_images_are_refused(captions, references):
         with pytest.raises(ValueError, match="could be"): meet(own, people)
 
 
-@MENDED_LATER
 @pytest.mark.parametrize("captions, references, pairs", [
     (["/r/cat/1.jpg", "/r/dog/1.jpg"], ["cat/1.jpg", "dog/1.jpg"], {"/r/cat/1.jpg": "cat/1.jpg", "/r/dog/1.jpg": "dog/1.jpg"}),
     (["/r/cat/1.jpg", "/r/bird/1.jpg"], ["cat/1.jpg", "dog/1.jpg"], {"/r/cat/1.jpg": "cat/1.jpg"}),
@@ -236,7 +263,6 @@ def test_folders_and_endings_decide_where_names_repeat(captions, references, pai
     assert meet(captions, references) == pairs
 
 
-@MENDED_LATER
 def test_drawn_spellings_meet_and_never_cross():
     from clipcap.formats.results import meet
     rng = random.Random(1)
@@ -249,7 +275,6 @@ def test_drawn_spellings_meet_and_never_cross():
     assert meet([f"/root/{m}" for m in many], many) == {f"/root/{m}": m for m in many}
 
 
-@MENDED_LATER
 def test_many_images_of_one_name_are_no_work():
     from clipcap.formats.results import meet
     assert len(meet([f"/r/{n}/image.jpg" for n in range(20_000)], [f"{n}/image.jpg" for n in range(20_000)])) == 20_000
@@ -263,8 +288,7 @@ FORMS = {"coco": coco, "karpathy": karpathy, "blip": lambda p: [{"image": i, "ca
          "csv": lambda p: lines([("image", "caption"), *((i, c) for i, _, c in flat(p))], ",")}
 
 
-@MENDED_LATER
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [pytest.param(n, marks=KIND_4) if n == "tsv" else n for n in FORMS])
 def test_drawn_references_are_read_alike(tmp_path, form):
     from clipcap.formats.results import read_references
     rng = random.Random(form)
@@ -276,7 +300,6 @@ def test_drawn_references_are_read_alike(tmp_path, form):
         assert read_references(tmp_path/f"f{n}", {})[0] == people
 
 
-@MENDED_LATER
 def test_no_file_is_scored_without_a_caption_in_silence(cider):
     "Whatever nesting holds the captions: read with their right score, or refused naming the file."
     rng, wraps = random.Random(3), [lambda v: [v], lambda v: {"caption": v}, lambda v: {"text": v}, lambda v: [v, v], lambda v: v]
@@ -293,7 +316,6 @@ def test_no_file_is_scored_without_a_caption_in_silence(cider):
 
 # --- options
 
-@MENDED_LATER
 @pytest.mark.parametrize("words, text", [
     (["--resamples", "0"], "resamples=0"), (["--resamples", "-5"], "resamples=-5"), (["--seed", "-1"], "seed=-1"), (["--csv", "{folder}"], "{folder} is a folder"),
     (["--json", "{folder}/captions/s.json"], "captions is a file"), (["--csv", "{folder}/captions"], "would overwrite"), (["--csv", "{folder}/x", "--json", "{folder}/x"], "same file"),
@@ -309,7 +331,6 @@ def test_wrong_options_are_named_before_anything_is_read(tmp_path, capsys, monke
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-@MENDED_LATER
 @pytest.mark.parametrize("words", [["狗在草地上跑", "一个人在海边"], ["犬が走っている", "海辺の男の人"], ["สุนัขวิ่งบนหญ้า", "ผู้ชายที่ชายหาด"]], ids=["Chinese", "Japanese", "Thai"])
 def test_captions_without_spaces_are_warned_of(cider, words):
     captions, people = dict(zip("ab", words)), {i: [w, w[:-1]] for i, w in zip("ab", words)}

@@ -355,7 +355,8 @@ HOSTILE["Files of captions, to be scored"] = [
     ("a caption of a megabyte", file("c.json", json.dumps({"1": MEGABYTE})), score, ValueError("c.json", "1048576 characters", "shorten it")),
     ("a caption of a megabyte", file("c.csv", "image,caption\n1," + MEGABYTE), score, ValueError("c.csv", "field larger", "is a quotation mark left open?")),
     ("JSON, 100,000 lists deep", file("c.json", DEEP), score, ValueError("c.json", "broken JSON", "write it again")),
-    ("captions that are numbers and lists", file("c.json", '{"1": 7, "2": [["x"]]}'), score, Handled("empty captions, which score 0", lambda r: "empty captions, scored 0: 2" in r[0])),
+    ("captions that are numbers and lists", file("c.json", '{"1": 7, "2": [["x"]]}'), score, ValueError("c.json", "the caption of 1 is a number (7)", "expected captions")),
+    ("a list in a cell that does not end", file("c.csv", "image,caption\n1,\"['" + "a', '"*20_000 + "]\"\n"), score, ValueError("c.csv", "looks like a list of captions", "a row of its own")),
     ("a captions file of clipcap caption with other lines", file("c.jsonl", '{"checkpoint": "x"}\n{"image": ["a"]}\n'), begin, ValueError("c.jsonl, line 2", "name another file")),
 ]
 

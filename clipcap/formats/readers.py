@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import registered
+from .lists import caption_list
 from .tables import LONGEST_CAPTION, csv_rows, read_csv, read_json, read_lines, read_text, table_rows
 from ..runs.files import resolve_path
 
@@ -327,10 +328,18 @@ def is_text(
     return True
 
 
+def _single_rows(source):
+    "Yield rows (image, caption, split), a list of captions in one cell as a row for each."
+    for image, caption, split in source.rows():
+        try: captions = caption_list(caption) if isinstance(caption, str) else None
+        except ValueError as error: raise ValueError(f"{source.root}, {source}: a caption of {image}: {error}") from None
+        for text in [caption] if captions is None else captions or [""]: yield image, text, split
+
+
 def _clean_rows(source):
     "Yield checked rows (image, caption, split), captions without control characters and extra white space."
     where = f"{source.root}, {source}"
-    for image, caption, split in source.rows():
+    for image, caption, split in _single_rows(source):
         if not isinstance(image, str) or not image:
             raise ValueError(f"{where}: a photo is called {image!r:.80}; its name must be text")
         if not isinstance(caption, (str, type(None))):
@@ -345,6 +354,7 @@ def _clean_rows(source):
 # %% ../../nbs/formats/readers.ipynb #a09c20c2
 def read_table(
     source: Source,  # from `find_source`
+    anywhere: bool = False,  # accept names that lead out of the folder, of captions whose photos are not opened
 ) -> pd.DataFrame:  # columns `image`, `caption`, `split` (None where the data set gives none), one row per caption
     """Read the captions of a data set. Raises `ValueError` naming what is wrong with a file, and for a name
     that leads out of the data set's folder. Captions of more than `LONGEST_CAPTION` characters are left out, and counted."""
@@ -354,7 +364,7 @@ def read_table(
     except (AttributeError, KeyError, TypeError, RecursionError, csv.Error) as error:  # a list where a number should be, and the like
         raise ValueError(f"{where} can't be read ({type(error).__name__}: {error}): expected {source.reader.holds}") from error
     images, table = table.image.unique(), table[table.caption != ""].reset_index(drop=True)
-    outside = [name for name in images if leads_out(name)]
+    outside = [name for name in images if leads_out(name) and not anywhere]
     if outside: raise ValueError(f"{where}: {outside[0]!r} is outside of the data set's folder; name photos relative to it")
     if table.empty: raise ValueError(f"{where} holds no captions: expected {source.reader.holds}")
     blank = len(images) - table.image.nunique()
