@@ -85,7 +85,6 @@ def test_changes_of_a_command_line():
     with pytest.raises(ValueError, match="'epochs' is not of the form field=value"): parse_changes(["epochs", "5"])
 
 
-@pytest.mark.xfail(strict=True, reason="a value becomes a number where it looks like one")
 @pytest.mark.parametrize("words, changes", [
     (["data_root=2024"], {"data_root": "2024"}), (["data_root=007"], {"data_root": "007"}), (["ensemble=1e3"], {"ensemble": "1e3"}), (["embeddings=5"], {"embeddings": "5"}),
     (["dropout=0"], {"dropout": 0.}), (["seed=7", "gpt2_model=12.0"], {"seed": 7, "gpt2_model": "12.0"})])
@@ -94,14 +93,12 @@ def test_words_become_what_the_setting_is(words, changes):
     make_config("mini", **changes)
 
 
-@pytest.mark.xfail(strict=True, reason="TypeError, which the commands don't catch")
 @pytest.mark.parametrize("word, text", [("epochs=five", "epochs='five' is not an int"), ("epochs=2.5", "epochs='2.5' is not an int"), ("epochs=", "epochs='' is not an int"),
                                         ("dropout=none", "dropout='none' is not a float"), ("seed=1e3", "seed='1e3' is not an int")])
 def test_words_that_are_no_number_are_named(word, text):
     with pytest.raises(ValueError, match=re.escape(text)): parse_changes([word])
 
 
-@pytest.mark.xfail(strict=True, reason="a value becomes a number where it looks like one")
 def test_any_words_for_a_text_stay_as_they_are_and_others_are_numbers_or_named():
     draw, kinds = random.Random(0), typing.get_type_hints(Config)
     for _ in range(300):
@@ -112,13 +109,11 @@ def test_any_words_for_a_text_stay_as_they_are_and_others_are_numbers_or_named()
             except ValueError as error: assert f"{name}={value!r} is not a" in str(error)
 
 
-@pytest.mark.xfail(strict=True, reason="names the type alone")
 @pytest.mark.parametrize("name, value", [("data_root", 2024), ("gpt2_model", 7.5), ("embeddings", 1)])
 def test_a_number_that_papermill_made_of_a_text_is_named_with_the_way_to_pass_it(outputs, name, value):
     with pytest.raises(TypeError, match=re.escape(f"with papermill: -r {name} {value}")): open_run("new", **{name: value})
 
 
-@pytest.mark.xfail(strict=True, reason="expected str, bytes or os.PathLike object, not int")
 @pytest.mark.parametrize("run", [42, 7.0])
 def test_a_run_called_by_a_number_is_named(outputs, run):
     with pytest.raises(TypeError, match=re.escape(f"run={run} is a {type(run).__name__}; it must be text (with papermill: -r run {run})")): open_run(run)

@@ -34,7 +34,6 @@ def message(*words, **options):
     return end.value.code
 
 
-@pytest.mark.xfail(strict=True, reason="a traceback")
 @pytest.mark.parametrize("words, options, text", [
     (["epochs=five"], {}, "epochs='five' is not an int"), (["epoch=5"], {}, "unknown field 'epoch'; did you mean 'epochs'?"), (["5"], {}, "'5' is not of the form field=value"),
     (["num_beams=0"], {}, "num_beams=0 is too small"), (["split=half"], {}, "split='half' is unknown; choose one of"), ([], {"preset": "coco"}, "preset='coco' is unknown"),
@@ -44,7 +43,6 @@ def test_the_pipeline_ends_in_one_line(outputs, words, options, text):
     assert said.startswith("clipcap.pipeline: ") and text in said and "\n" not in said and not outputs.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="a traceback")
 def test_the_pipeline_ends_in_one_line_whatever_the_words(outputs, monkeypatch):
     draw, names = random.Random(0), [*vars(make_config("mini")), "epoch", "", "run"]
     monkeypatch.setattr(pipeline, "_execute", lambda *_: (_ for _ in ()).throw(OSError("no stage in this test")))
@@ -53,7 +51,6 @@ def test_the_pipeline_ends_in_one_line_whatever_the_words(outputs, monkeypatch):
         assert said.startswith("clipcap.pipeline: ") and "\n" not in said
 
 
-@pytest.mark.xfail(strict=True, reason="papermill's traceback")
 def test_a_stage_that_fails_is_named_with_its_notebook(outputs, monkeypatch):
     from papermill.exceptions import PapermillExecutionError
     def failing(notebook, out, parameters):
@@ -64,7 +61,6 @@ def test_a_stage_that_fails_is_named_with_its_notebook(outputs, monkeypatch):
     assert said == f"clipcap.pipeline: 02_model: gpt2_model='nothing' can't be loaded (ValueError; the whole traceback is in {path})"
 
 
-@pytest.mark.xfail(strict=True, reason="a traceback")
 def test_a_number_that_names_a_folder_is_a_text(outputs, monkeypatch):
     monkeypatch.setattr(pipeline, "_execute", lambda *_: (_ for _ in ()).throw(OSError("no stage in this test")))
     assert message("data_root=2024", run="42") == "clipcap.pipeline: no stage in this test"
@@ -72,7 +68,6 @@ def test_a_number_that_names_a_folder_is_a_text(outputs, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="papermill's traceback")
 @pytest.mark.parametrize("words, text", [(["epochs=five"], "epochs='five' is not an int"), (["data_root=2024"], "2024 (FileNotFoundError; the whole traceback is in ")])
 def test_status_and_last_line_of_the_command(tmp_path, words, text):
     done = subprocess.run([sys.executable, "-m", "clipcap.apps.pipeline", "--run", "new", *words], capture_output=True, text=True, cwd=ROOT,
@@ -108,7 +103,6 @@ def test_a_language_model_with_code_gets_no_advice_of_torch(tmp_path, tokenizer,
 
 # --- a tuned run in bfloat16
 
-@pytest.mark.xfail(strict=True, reason="too coarse to learn in")
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_a_tuned_run_in_bfloat16_is_named_with_its_tuning_and_the_fix(outputs, capsys, tuning):
     config = make_config("mini", gpt2_tuning=tuning)
