@@ -54,7 +54,6 @@ def test_strays_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):
         assert living.exists() and not dead.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="three kinds of lock")
 def test_there_is_one_kind_of_lock():
     found = {p.name for p in (ROOT/"clipcap").rglob("*.py") if re.search(r"\bflock|fcntl|msvcrt|lockf", p.read_text("utf-8"))}
     assert not found
