@@ -10,6 +10,7 @@ __all__ = ['MappingNetwork', 'GridMapping', 'check_features', 'load_gpt2', 'gpt2
 
 # %% ../nbs/02_model.ipynb #ded27b94
 import hashlib
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -94,6 +95,17 @@ def check_features(
                          "use mapping_network='grid', or features='embedding' (or embeddings of shape (N, D))")
 
 # %% ../nbs/02_model.ipynb #8d12a2d4
+_UNREADABLE = (UnpicklingError, EOFError, IndexError)  # what torch raises for a file that is none of its own
+
+
+def _why(error, path):
+    "Tell why a language model can't be loaded; where torch advises to run the code in a file, name the file and how to convert it."
+    if not isinstance(error, _UNREADABLE) and not re.search("weights_only|torch.load", str(error)): return f"{error!s:.600}"
+    files = [str(p) for p in sorted(Path(path).glob("pytorch_model*.bin"))]
+    return (f"{', '.join(files) or 'its file of weights'} holds more than weights, or is damaged; where it was made, write it as safetensors: "
+            "model.save_pretrained(FOLDER)")
+
+
 def load_gpt2(
     name: str,  # hub name, local directory of a causal LM, or "mini"
     tokenizer,  # from `load_tokenizer`
@@ -103,9 +115,9 @@ def load_gpt2(
     from transformers import AutoModelForCausalLM
     path = gpt2_path(name)
     try: gpt2 = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
+    except (OSError, ValueError, RuntimeError, *_UNREADABLE) as error:
         raise ValueError(f"gpt2_model={name!r} can't be loaded as a causal language model "
-                         f"({error!s:.600}); pass a folder with config.json and model.safetensors") from None
+                         f"({_why(error, path)}); pass a folder with config.json and model.safetensors") from None
     known = gpt2.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > known:
         with torch.random.fork_rng():

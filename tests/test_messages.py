@@ -90,7 +90,6 @@ def test_a_checkpoint_with_code_gets_no_advice_of_torch(tmp_path, capsys, value)
         assert "weights_only" not in str(error.value) and "ran" not in capsys.readouterr().out
 
 
-@pytest.mark.xfail(strict=True, reason="torch's advice is passed on")
 @pytest.mark.parametrize("write", [lambda path: torch.save({"transformer.wte.weight": Payload()}, path), lambda path: path.write_bytes(b"text"),
                                    lambda path: path.write_bytes(pickle.dumps(Payload()))], ids=["code", "text", "pickle"])
 def test_a_language_model_with_code_gets_no_advice_of_torch(tmp_path, tokenizer, capsys, write):

@@ -24,11 +24,11 @@ _SAVE = "where it was made, save its weights alone: torch.save(model.state_dict(
 def _read(path):
     "Read a file of weights without running code from it."
     if path.suffix == ".safetensors": return load_file(path)
-    if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript, the published format, is deprecated
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript, the published format, is deprecated
+        if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
             return dict(torch.jit.load(path, map_location="cpu").state_dict())
-    return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _homes(value, place=()):
