@@ -176,7 +176,8 @@ def _check_field(name, value, kinds):
     f = FIELDS[name]
     if not isinstance(value, kinds) or isinstance(value, bool):
         wanted = " or ".join(k.__name__ for k in kinds)
-        raise TypeError(f"{name}={value!r:.80} is a {type(value).__name__}; it must be {wanted}")
+        hint = f" (with papermill: -r {name} {value})" if str in kinds and type(value) in (int, float) else ""  # its -p makes a number of it
+        raise TypeError(f"{name}={value!r:.80} is a {type(value).__name__}; it must be {wanted}{hint}")
     if f["choices"] is not None and value not in f["choices"]:
         raise ValueError(f"{name}={value!r:.80} is unknown; choose one of {tuple(f['choices'])}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -228,6 +229,14 @@ def preset_changes(
     return {name: value for name, value in dataclasses.asdict(PRESETS[preset]).items() if value != getattr(other, name)}
 
 
+def _check_names(names):
+    "Raise `ValueError` for the first name that is no setting."
+    for name in names:
+        if name in FIELDS: continue
+        close = difflib.get_close_matches(name, FIELDS, 1)
+        raise ValueError(f"unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else f"; fields are {[*FIELDS]}"))
+
+
 def make_config(
     preset: str = "mini",  # key of `PRESETS`
     **changes,  # fields of `Config` to change; None keeps the preset's value
@@ -235,28 +244,23 @@ def make_config(
     "A preset with some fields changed. Raises `ValueError` for an unknown preset or field."
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r} is unknown; choose one of {tuple(PRESETS)}")
-    fields = [f.name for f in dataclasses.fields(Config)]
-    for name in changes:
-        if name not in fields:
-            close = difflib.get_close_matches(name, fields, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; fields are {fields}"
-            raise ValueError(f"unknown field {name!r}{hint}")
+    _check_names(changes)
     return dataclasses.replace(
         PRESETS[preset], **{k: v for k, v in changes.items() if v is not None})
 
 # %% ../nbs/00_core.ipynb #4d4a3ed3
 def parse_changes(
-    words: list[str],  # such as ["epochs=5", "learning_rate=1e-3"]
-) -> dict:  # field -> value, numbers as numbers
-    "Read `field=value` words. Raises `ValueError` for any other word."
-    changes = {}
+    words: list[str],  # such as ["epochs=5", "data_root=2024"]
+) -> dict:  # field -> value, of the field's type
+    "Read `field=value` words. Raises `ValueError` for any other word, and for a value that is not the number that it must be."
+    changes, types = {}, typing.get_type_hints(Config)
     for word in words:
         name, equals, value = word.partition("=")
         if not equals: raise ValueError(f"{word!r} is not of the form field=value")
-        for kind in (int, float, str):
-            try: changes[name] = kind(value)
-            except ValueError: continue
-            break
+        _check_names([name])
+        kind = types[name] if types[name] in (int, float) else str
+        try: changes[name] = kind(value)
+        except ValueError: raise ValueError(f"{name}={value!r} is not a{'n' if kind is int else ''} {kind.__name__}; give a number") from None
     return changes
 
 # %% ../nbs/00_core.ipynb #5ba09b9d

@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .core import ENCODERS, Config, Run, check_earlier, pick_device, registered
+from .formats.clip_files import load_clip_file
 from .formats.download import download, unpack
 from .formats.embeddings import Embeddings, data_hash, read_metadata, write_embeddings
 from .formats.photos import read_photo
@@ -71,28 +72,22 @@ def data_folder(
 
 # %% ../nbs/01_data.ipynb #03f1fc46
 def _openai_clip(name):
-    "Load one of OpenAI's published models, or a file of that kind."
+    "Load one of OpenAI's published models, or a file, as `load_clip_file` does."
     import clip
-    from clip.model import build_model
     path = resolve_path(name)
     if not path.is_file() and name not in clip.available_models():
         raise ValueError(f"clip_model={name!r} is neither a file nor one of "
                          f"{clip.available_models()} or {', '.join(map(repr, ENCODERS))}")
-    try:
-        if path.is_file() and path.suffix == ".safetensors":
-            model = build_model(load_file(path))
-            return model, clip.clip._transform(model.visual.input_resolution)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript, the published format, is deprecated
-            return clip.load(str(path) if path.is_file() else name, device="cpu")
-    except Exception as error:  # of many kinds for a file that is something else
-        if path.is_file():
-            raise ValueError(f"clip_model={name!r} is not a CLIP as openai/CLIP saves it, nor its "
-                             f"state dict ({type(error).__name__}: {error})") from None
-        url = clip.clip._MODELS[name]
+    if path.is_file():
+        try: return load_clip_file(path)
+        except ValueError as error: raise ValueError(f"clip_model={name!r} is not a CLIP that can be read: {error}") from None
+    url = clip.clip._MODELS[name]
+    try: path = clip.clip._download(url, os.path.expanduser("~/.cache/clip"))
+    except Exception as error:  # of the network, of many kinds
         raise OSError(f"clip_model={name!r} can't be downloaded ({error}). Without a connection: put "
                       f"{url.rsplit('/')[-1]} (SHA-256 {url.split('/')[-2]}) in ~/.cache/clip, or "
                       "pass clip_model=FILE") from None
+    return load_clip_file(path, published=True)
 
 # %% ../nbs/01_data.ipynb #57aa5fbc
 def load_mini_clip() -> tuple[torch.nn.Module, Callable]:  # `clip.model.CLIP`, its preprocess
@@ -112,9 +107,9 @@ def load_clip(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # clip imports the deprecated pkg_resources
         import clip  # noqa: F401
-    model, preprocess = registered(ENCODERS, name)() if name in ENCODERS else _openai_clip(name)
+    model, preprocess, *unusual = registered(ENCODERS, name)() if name in ENCODERS else _openai_clip(name)
     model = model.float().eval().requires_grad_(False)
-    digest = hashlib.sha256()
+    digest = hashlib.sha256("".join(unusual).encode())  # the same weights with another activation are another encoder
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(key.encode() + tensor.numpy().tobytes())
     label = name if name in ENCODERS or not resolve_path(name).is_file() else resolve_path(name).name
@@ -189,16 +184,42 @@ def _read_batch(photos, names, preprocess):
     return images, good, bad
 
 
-def _encode_shard(photos, names, encode, preprocess, batch_size, bar):
-    "Return embeddings (N, …) of the photos that can be read, their names, and the reasons for others."
-    rows, good, bad = [torch.zeros(0)], [], {}
+def _known_photos(folder, source):
+    "Find photos that some cache holds, by this encoder, preprocess and place: (name, stamp) -> its file, and row there."
+    found = {}
+    for file in sorted(folder.glob("embeddings-*/*.safetensors")):
+        try: names, _, metadata = read_metadata(file)
+        except ValueError: continue  # a damaged file of another list: what it held is encoded again
+        if metadata.get("source") != source: continue
+        stamps = json.loads(metadata["stamps"])
+        found |= {(name, stamps[name]): (file, row) for row, name in enumerate(names)}
+    return found
+
+
+def _copy_known(photos, known):
+    "Read the rows of photos that are known: name -> row."
+    rows, files = {}, {}
+    for name, stamp in photos.items():
+        if found := known.get((name, stamp)): files.setdefault(found[0], []).append((name, found[1]))
+    for file, wanted in files.items():
+        held = load_file(file)["embeddings"]
+        rows |= {name: held[row] for name, row in wanted}
+    return rows
+
+
+def _encode_shard(photos, stamps, known, encode, preprocess, batch_size, bar):
+    "Return embeddings (N, …) of the photos that can be read, their names, and the reasons for others; copy those that are known."
+    rows, bad = _copy_known(stamps, known), {}
+    names = [name for name in stamps if name not in rows]
+    bar.update(len(rows))
     for start in range(0, len(names), batch_size):
         batch = names[start:start + batch_size]
         images, readable, unreadable = _read_batch(photos, batch, preprocess)
-        if images: rows.append(encode(torch.stack(images)))
-        good, bad = good + readable, {**bad, **unreadable}
+        if images: rows |= zip(readable, encode(torch.stack(images)))
+        bad |= unreadable
         bar.update(len(batch))
-    return torch.cat([r for r in rows if r.ndim > 1] or [torch.zeros(0, 0)]), good, bad
+    good = [name for name in stamps if name in rows]
+    return torch.stack([rows[name] for name in good]) if good else torch.zeros(0, 0), good, bad
 
 # %% ../nbs/01_data.ipynb #c68ea5f0
 def embed_photos(
@@ -211,20 +232,20 @@ def embed_photos(
     shard_size: int = 512,  # photos per file
 ) -> tuple[Path, dict[str, str]]:  # folder of shards; unreadable photo -> reason
     "Encode each photo once; a folder of embeddings that a later call continues or reuses."
-    photos, folder, bad = as_photos(photos), cache_folder(encoder, preprocess, photos, names), {}
+    photos, folder, bad, known = as_photos(photos), cache_folder(encoder, preprocess, photos, names), {}, None
+    source = cache_folder(encoder, preprocess, photos, []).name  # of any names
     with tqdm(total=len(names), desc="encoding photos", unit="photo") as bar:
         for start in range(0, len(names), shard_size):
             shard, file = names[start:start + shard_size], folder/f"{start:09d}.safetensors"
-            stamps = json.dumps([photos.stamp(name) for name in shard])
+            stamps = {name: photos.stamp(name) for name in shard}
             metadata = read_metadata(file)[2] if file.is_file() else {}
-            if metadata.get("stamps") == stamps:
+            if json.loads(metadata.get("stamps", "0")) in (stamps, [*stamps.values()]):  # a list: of version 0.1
                 shard_bad = json.loads(metadata["bad"])
                 bar.update(len(shard))
             else:
-                rows, good, shard_bad = _encode_shard(
-                    photos, shard, encode, preprocess, batch_size, bar)
-                write_embeddings(file, good, rows, encoder, stamps=stamps,
-                                 bad=json.dumps(shard_bad))
+                if known is None: known = _known_photos(folder.parent, source)
+                rows, good, shard_bad = _encode_shard(photos, stamps, known, encode, preprocess, batch_size, bar)
+                write_embeddings(file, good, rows, encoder, stamps=json.dumps(stamps), bad=json.dumps(shard_bad), source=source)
             bad.update(shard_bad)
     return folder, bad
 

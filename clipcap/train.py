@@ -435,7 +435,7 @@ def main(
     preset: str = None,  # Key of PRESETS; the run's own, or mini for a new run
     restart: bool = False,  # Begin anew
 ):
-    "Train a run; in several processes: `torchrun --nproc_per_node N -m clipcap.train --run RUN epochs=5`."
+    "Train a run; in several processes: `torchrun --nproc_per_node N -m clipcap.train -- --run RUN epochs=5`."
     try: metrics = train_stage(run, preset, restart, **parse_changes(change))
     except (OSError, ValueError, FloatingPointError) as error: raise SystemExit(f"clipcap.train: {error}") from None
     if PartialState().is_main_process: print(metrics.set_index("epoch").round(4).to_string())

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import random
 import re
+import typing
 from inspect import signature
 
 import pytest
@@ -82,6 +83,40 @@ def test_make_config_names_unknown_presets_and_settings():
 def test_changes_of_a_command_line():
     assert parse_changes(["epochs=5", "learning_rate=1e-3", "data_root=../x=y"]) == {"epochs": 5, "learning_rate": 1e-3, "data_root": "../x=y"}
     with pytest.raises(ValueError, match="'epochs' is not of the form field=value"): parse_changes(["epochs", "5"])
+
+
+@pytest.mark.parametrize("words, changes", [
+    (["data_root=2024"], {"data_root": "2024"}), (["data_root=007"], {"data_root": "007"}), (["ensemble=1e3"], {"ensemble": "1e3"}), (["embeddings=5"], {"embeddings": "5"}),
+    (["dropout=0"], {"dropout": 0.}), (["seed=7", "gpt2_model=12.0"], {"seed": 7, "gpt2_model": "12.0"})])
+def test_words_become_what_the_setting_is(words, changes):
+    assert parse_changes(words) == changes and [type(v) for v in parse_changes(words).values()] == [type(v) for v in changes.values()]
+    make_config("mini", **changes)
+
+
+@pytest.mark.parametrize("word, text", [("epochs=five", "epochs='five' is not an int"), ("epochs=2.5", "epochs='2.5' is not an int"), ("epochs=", "epochs='' is not an int"),
+                                        ("dropout=none", "dropout='none' is not a float"), ("seed=1e3", "seed='1e3' is not an int")])
+def test_words_that_are_no_number_are_named(word, text):
+    with pytest.raises(ValueError, match=re.escape(text)): parse_changes([word])
+
+
+def test_any_words_for_a_text_stay_as_they_are_and_others_are_numbers_or_named():
+    draw, kinds = random.Random(0), typing.get_type_hints(Config)
+    for _ in range(300):
+        name, value = draw.choice([*kinds]), "".join(draw.choices("0123456789.e-+_ aN=", k=draw.randint(0, 6)))
+        if str in (typing.get_args(kinds[name]) or (kinds[name],)): assert parse_changes([f"{name}={value}"]) == {name: value}
+        else:
+            try: assert type(parse_changes([f"{name}={value}"])[name]) is kinds[name]
+            except ValueError as error: assert f"{name}={value!r} is not a" in str(error)
+
+
+@pytest.mark.parametrize("name, value", [("data_root", 2024), ("gpt2_model", 7.5), ("embeddings", 1)])
+def test_a_number_that_papermill_made_of_a_text_is_named_with_the_way_to_pass_it(outputs, name, value):
+    with pytest.raises(TypeError, match=re.escape(f"with papermill: -r {name} {value}")): open_run("new", **{name: value})
+
+
+@pytest.mark.parametrize("run", [42, 7.0])
+def test_a_run_called_by_a_number_is_named(outputs, run):
+    with pytest.raises(TypeError, match=re.escape(f"run={run} is a {type(run).__name__}; it must be text (with papermill: -r run {run})")): open_run(run)
 
 
 def test_settings_belong_to_their_stage_and_all_later_ones():

@@ -1,6 +1,12 @@
 """CLIP, the embedding cache, the data set and the first stage (clipcap.data)."""
+import argparse
+import copy
 import functools
 import inspect
+import json
+import pickle
+import random
+import re
 import shutil
 import threading
 import urllib.request
@@ -13,9 +19,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from clip.model import CLIP
+from clip.model import CLIP, LayerNorm, ResidualAttentionBlock
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from clipcap import data as module
 from clipcap.core import ENCODERS, Config, Run, open_run
@@ -25,6 +32,7 @@ from clipcap.formats.embeddings import Embeddings, write_embeddings
 from clipcap.formats.photos import read_photo
 from clipcap.formats.readers import SPLITS, find_layout, official_split, read_captions
 from clipcap.formats.tokenizer import encode_captions
+from clipcap.runs.files import asset_path
 
 KIND7 = pytest.mark.xfail(strict=True, reason="kind 7: reasonable calls of the API")
 TEXT = dict(context_length=8, vocab_size=20, transformer_width=64, transformer_heads=1, transformer_layers=1)
@@ -40,7 +48,7 @@ def test_clip_is_frozen_float32_and_known_by_its_weights(clip_mini, monkeypatch)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert load_clip("mini")[2] == encoder
-    monkeypatch.setattr("clip.load", lambda *_, **__: (model, preprocess))
+    monkeypatch.setattr("clip.clip._download", lambda *_: asset_path("mini/clip.safetensors"))
     assert load_clip("ViT-B/32")[2] == encoder.replace("mini", "ViT-B/32")
 
 
@@ -65,7 +73,7 @@ def test_grid_is_made_of_the_models_own_pieces(clip_mini):
 @pytest.mark.numerics
 def test_half_precision_state_dict_loads_as_float32(tmp_path):
     vit = random_vit()
-    torch.save({k: v.half() for k, v in vit.state_dict().items()}, tmp_path/"vit.pt")
+    torch.save({k: v.half() if v.is_floating_point() else v for k, v in own(vit).items()}, tmp_path/"vit.pt")
     loaded, preprocess, name = load_clip(str(tmp_path/"vit.pt"))
     assert name.startswith("vit.pt@") and preprocess(Image.new("L", (90, 50))).shape == (3, 64, 64)
     vit.load_state_dict({k: v.half().float() for k, v in vit.state_dict().items()})
@@ -76,7 +84,149 @@ def test_half_precision_state_dict_loads_as_float32(tmp_path):
 
 def test_file_that_is_no_clip_is_named(tmp_path):
     torch.save({"something": torch.zeros(2)}, tmp_path/"else.pt")
-    with pytest.raises(ValueError, match="else.pt' is not a CLIP as openai/CLIP saves it"): load_clip(str(tmp_path/"else.pt"))
+    with pytest.raises(ValueError, match="else.pt' is not a CLIP that can be read: .*has no entry 'visual.conv1.weight', but 'something'"): load_clip(str(tmp_path/"else.pt"))
+
+
+# --- CLIP's files: what saved them, and with which activation
+
+def own(vit): return {**vit.state_dict(), "input_resolution": torch.tensor(64), "context_length": torch.tensor(8), "vocab_size": torch.tensor(20)}  # as OpenAI's
+
+
+def prefixed(state, prefix): return {prefix + key: value for key, value in state.items()}
+
+
+@torch.no_grad()
+def assert_same_clip(loaded, vit):
+    "In float64, so that a rounding of the weights would show."
+    loaded, vit, draw = copy.deepcopy(loaded).double(), copy.deepcopy(vit).double(), torch.Generator().manual_seed(0)
+    pictures, words = torch.randn(2, 3, 64, 64, generator=draw).double(), torch.randint(1, 20, (3, 8), generator=draw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerNorm, "forward", torch.nn.LayerNorm.forward)  # CLIP's own computes in float32
+        torch.testing.assert_close(loaded.encode_image(pictures), vit.encode_image(pictures), rtol=0, atol=1e-12)
+        torch.testing.assert_close(loaded.encode_text(words), vit.encode_text(words), rtol=0, atol=1e-12)
+
+
+def with_gelu(vit, heads=None):
+    "The model as open_clip builds it."
+    for module in vit.modules():
+        if isinstance(module, ResidualAttentionBlock): module.mlp.gelu = torch.nn.GELU()
+    for block in vit.visual.transformer.resblocks if heads else (): block.attn.num_heads, block.attn.head_dim = heads, 64//heads
+    return vit
+
+
+OPEN_CLIP = {"embed_dim": 32, "vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "patch_size": 32},
+             "text_cfg": {"context_length": 8, "vocab_size": 20, "width": 64, "heads": 1, "layers": 1}}
+
+
+def open_clip(folder, state, beside="open_clip_config.json", vision=(), text=(), preprocess=None, **changes):
+    "A state dict as open_clip saves it, and the configuration beside it."
+    torch.save(state, folder/"open.pt")
+    config = {**OPEN_CLIP, "vision_cfg": {**OPEN_CLIP["vision_cfg"], **dict(vision)}, "text_cfg": {**OPEN_CLIP["text_cfg"], **dict(text)}, **changes}
+    if beside == "open_clip_config.json": config = {"model_cfg": config, "preprocess_cfg": preprocess or {}}
+    if beside: (folder/beside).write_text(json.dumps(config))
+    return str(folder/"open.pt")
+
+
+WRAPPERS = {
+    "state_dict": lambda s: {"epoch": 3, "name": "run", "state_dict": s, "optimizer": {"state": {0: {"step": torch.ones(())}}, "param_groups": [{"lr": 1e-3}]}},
+    "model": lambda s: {"model": s, "args": {"lr": 0.1}}, "module": lambda s: prefixed(s, "module."), "compiled": lambda s: prefixed(s, "_orig_mod."),
+    "clip": lambda s: prefixed(s, "clip_model."), "inner": lambda s: {"model": {"weights": s}, "epoch": 1}}
+
+
+@pytest.mark.parametrize("how", WRAPPERS)
+def test_a_clip_inside_a_checkpoint_is_found(tmp_path, how):
+    vit = random_vit()
+    torch.save(WRAPPERS[how](own(vit)), tmp_path/"vit.pt")
+    assert_same_clip(load_clip(str(tmp_path/"vit.pt"))[0], vit)
+
+
+def test_a_clip_inside_any_wrappers_is_found(tmp_path):
+    draw, vit = random.Random(0), random_vit()
+    for _ in range(8):
+        state = own(vit)
+        for how in draw.choices([*WRAPPERS], k=draw.randint(1, 4)): state = WRAPPERS[how](state)
+        torch.save(state, tmp_path/"vit.pt")
+        assert_same_clip(load_clip(str(tmp_path/"vit.pt"))[0], vit)
+
+
+@pytest.mark.parametrize("change, text", [
+    (lambda s: {"model": s, "ema": s}, "holds several CLIPs: under 'model', under 'ema'; save one of them alone"),
+    (lambda s: {**prefixed(s, "student."), **prefixed(s, "teacher.")}, "holds several CLIPs: 'student.…', 'teacher.…'"),
+    (lambda s: {**prefixed(s, "clip."), "decoder.weight": torch.ones(2)}, "beside the CLIP 'clip.…' it holds 'decoder.weight'"),
+    (lambda s: {"vision_model.embeddings.class_embedding": torch.ones(2)}, "has no entry 'visual.conv1.weight', but 'vision_model.embeddings.class_embedding'"),
+    (lambda s: {k: v for k, v in s.items() if k != "text_projection"}, "has no entry 'text_projection'"),
+    (lambda s: {k: v for k, v in s.items() if k != "visual.proj"}, "has no entry 'visual.layer1.0.conv1.weight'"),
+    (lambda s: {**s, "text.ln_final.weight": torch.ones(2)}, "vit.pt: Unexpected key(s) in state_dict: \"text.ln_final.weight\""),
+    (lambda s: {**s, "ln_final.bias": torch.ones(2)}, "vit.pt: size mismatch for ln_final.bias"),
+    (lambda s: [1, 2], "holds a list"),
+])
+def test_what_a_clip_file_lacks_is_named(tmp_path, change, text):
+    torch.save(change(own(random_vit())), tmp_path/"vit.pt")
+    with pytest.raises(ValueError, match=re.escape(text)) as error: load_clip(str(tmp_path/"vit.pt"))
+    assert "vit.pt" in str(error.value)
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: torch.save(random_vit(), path), lambda path: torch.save(random_vit(), path, _use_new_zipfile_serialization=False),
+    lambda path: path.write_bytes(b"text"), lambda path: path.write_bytes(b""), lambda path: path.write_bytes(pickle.dumps({"a": np.ones(2)})),
+    lambda path: torch.save({"state_dict": own(random_vit()), "args": argparse.Namespace(lr=1)}, path),
+    lambda path: (torch.save(own(random_vit()), path), path.write_bytes(path.read_bytes()[:-3000]))], ids=["model", "old", "text", "empty", "arrays", "args", "cut"])
+def test_a_file_that_would_run_code_or_is_damaged_gets_no_advice_of_torch(tmp_path, write):
+    write(tmp_path/"vit.pt")
+    with pytest.raises(ValueError, match="vit.pt") as error: load_clip(str(tmp_path/"vit.pt"))
+    assert "weights_only" not in str(error.value) and "torch.save(model.state_dict(), FILE)" in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("beside", ["open_clip_config.json", "open.json"])
+@pytest.mark.parametrize("quick", [None, False, True])
+def test_open_clips_configuration_decides_the_activation(tmp_path, quick, beside):
+    vit = random_vit() if quick else with_gelu(random_vit())
+    path = open_clip(tmp_path, WRAPPERS["state_dict"](prefixed({**vit.state_dict(), "logit_bias": torch.ones(())}, "module.")), beside, **({} if quick is None else {"quick_gelu": quick}))
+    assert_same_clip(load_clip(path)[0], vit)
+
+
+def test_safetensors_and_archives_need_the_configuration_too(tmp_path):
+    vit = with_gelu(random_vit())
+    path = open_clip(tmp_path, vit.state_dict())
+    save_file(vit.state_dict(), tmp_path/"open.safetensors")
+    torch.jit.trace(vit, (torch.zeros(1, 3, 64, 64), torch.zeros(1, 8, dtype=torch.long)), check_trace=False).save(str(tmp_path/"archive.pt"))
+    for name in ("open.safetensors", "archive.pt"):
+        assert load_clip(str(tmp_path/name))[2].split("@")[1] == load_clip(path)[2].split("@")[1]
+        assert_same_clip(load_clip(str(tmp_path/name))[0], vit)
+
+
+def test_a_state_dict_that_does_not_say_its_activation_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="open.pt.* does not say .*QuickGELU.*open_clip_config.json"): load_clip(open_clip(tmp_path, random_vit().state_dict(), ""))
+
+
+def test_the_activation_is_part_of_the_encoders_name(tmp_path):
+    vit = random_vit()
+    names = [load_clip(open_clip(tmp_path, vit.state_dict(), quick_gelu=quick))[2] for quick in (True, False)]
+    torch.save(own(vit), tmp_path/"open.pt")
+    assert names[0] == load_clip(str(tmp_path/"open.pt"))[2] != names[1]
+
+
+def test_heads_and_preprocess_are_those_of_the_configuration(tmp_path):
+    vit, grey = with_gelu(random_vit(), heads=4), Image.new("RGB", (64, 64), (128, 128, 128))
+    path = open_clip(tmp_path, vit.state_dict(), vision={"head_width": 16}, preprocess={"mean": [0.5]*3, "std": [0.25]*3, "interpolation": "bicubic"})
+    loaded, preprocess, _ = load_clip(path)
+    assert_same_clip(loaded, vit)
+    torch.testing.assert_close(preprocess(grey), torch.full((3, 64, 64), (128/255 - 0.5)/0.25))
+
+
+@pytest.mark.parametrize("changes, text", [
+    (dict(vision={"width": 128}), "vision_cfg.width is 128, and the weights have 64"), (dict(embed_dim=512), "embed_dim is 512, and the weights have 32"),
+    (dict(text={"layers": 12}), "text_cfg.layers is 12, and the weights have 1"), (dict(vision={"pool_type": "avg"}), "vision_cfg.pool_type"),
+    (dict(vision={"timm_model_name": "vit"}), "vision_cfg.timm_model_name"), (dict(custom_text=True), "custom_text"), (dict(quick_gelu="yes"), "quick_gelu is 'yes'"),
+    (dict(vision={"head_width": 48}), "vision_cfg.head_width is 48"), (dict(text={"heads": 7}), "text_cfg.heads is 7"), (dict(vision_cfg=None), "vision_cfg"),
+    (dict(preprocess={"resize_mode": "squash"}), "preprocess_cfg.resize_mode is 'squash'"), (dict(preprocess={"mean": "none"}), "preprocess_cfg.mean is 'none'"),
+])
+def test_a_configuration_that_cannot_be_followed_is_refused(tmp_path, changes, text):
+    state = random_vit().state_dict()
+    if "vision_cfg" in changes: path = open_clip(tmp_path, state); (tmp_path/"open_clip_config.json").write_text("[]")
+    else: path = open_clip(tmp_path, state, **changes)
+    with pytest.raises(ValueError, match=re.escape(text)) as error: load_clip(path)
+    assert "open_clip_config.json" in str(error.value)
 
 
 def test_resnet_has_no_patches():
@@ -138,13 +288,49 @@ def test_stopped_encoding_goes_on_with_the_rest(outputs, scenes, scene_captions,
     torch.testing.assert_close(Embeddings(folder).stack(names), alone, rtol=1e-3, atol=1e-3)
 
 
+def test_one_more_photo_is_one_more_encoding(outputs, scenes, scene_captions, tmp_path, clip_mini, counted):
+    (encode, sizes), (photos, names) = counted, copied(scenes, scene_captions, tmp_path/"photos")
+    def embed(names, encoder="one"): return embed_photos(photos, names, encode, clip_mini[1], encoder, batch_size=4, shard_size=8)[0]
+    before = Embeddings(embed(names)).stack(names); sizes.clear()
+    shutil.copy(scenes.photos/names[0], photos/"000 first.png")
+    folder = embed(["000 first.png", *names])  # before all others: every shard has other photos than before
+    assert sizes == [1] and Embeddings(folder).names == ["000 first.png", *names] and Embeddings(folder).stack(names).equal(before)
+    embed(names[3:]); embed(sorted(names, reverse=True))
+    assert sizes == [1]
+    shutil.copy(scenes.photos/names[1], photos/names[9])
+    assert Embeddings(embed(names)).stack([names[9]]).equal(Embeddings(embed(names[:10]))[names[9]][None]) and sizes == [1, 1]  # a replaced photo
+    embed(names, "another")
+    assert sum(sizes) == 22 and sizes[:2] == [1, 1]
+
+
+def test_no_photo_is_encoded_twice_whatever_the_lists(outputs, tmp_path):
+    draw, seen, calls = random.Random(0), set(), []
+    pixels = {f"{n}.png": n for n in range(12)}
+    for name, n in pixels.items(): Image.new("L", (2, 2), 10*n).save(tmp_path/name)
+    def preprocess(photo): return torch.tensor([float(photo.getpixel((0, 0))[0])])
+    def encode(images): calls.append(len(images)); return images.repeat(1, 3)
+    for _ in range(20):
+        names = draw.sample([*pixels], draw.randint(1, 12))
+        folder, bad = embed_photos(tmp_path, names, encode, preprocess, "e", batch_size=2, shard_size=draw.randint(1, 5))
+        seen |= {*names}
+        assert not bad and sum(calls) == len(seen) and Embeddings(folder).stack(names)[:, 0].tolist() == [10.*pixels[n] for n in names]
+
+
+def test_a_cache_of_an_earlier_version_is_used(outputs, scenes, scene_captions, tmp_path, clip_mini, counted):
+    (encode, sizes), (photos, names) = counted, copied(scenes, scene_captions, tmp_path/"photos", 8)
+    stamps = json.dumps([module.as_photos(photos).stamp(n) for n in names])
+    write_embeddings(cache_folder("old", clip_mini[1], photos, names)/"000000000.safetensors", names, torch.ones(8, 3), "old", stamps=stamps, bad="{}")
+    folder, _ = embed_photos(photos, names, encode, clip_mini[1], "old")
+    assert sizes == [] and Embeddings(folder).stack(names).equal(torch.ones(8, 3))
+
+
 def test_replaced_photo_is_encoded_again_and_bad_ones_are_named(outputs, scenes, scene_captions, tmp_path, clip_mini, counted):
     (encode, sizes), (photos, names) = counted, copied(scenes, scene_captions, tmp_path/"photos")
     def embed(): return embed_photos(photos, names, encode, clip_mini[1], "other", batch_size=4, shard_size=8)
     embed(); sizes.clear()
     shutil.copy(scenes.photos/names[0], photos/names[9])
     folder, bad = embed()
-    assert (sizes, bad) == ([4, 4], {})  # its shard, no other
+    assert (sizes, bad) == ([1], {})  # no other of its shard
     torch.testing.assert_close(Embeddings(folder)[names[9]], Embeddings(folder)[names[0]], rtol=1e-3, atol=1e-3)
     (photos/names[2]).write_bytes(b"damaged")
     (photos/names[3]).unlink()

@@ -85,6 +85,15 @@ def test_agreement_is_with_the_first_captions_but_not_with_itself(subset, expect
 
 # --- regression
 
+def many(folder, number, width, twins=0):
+    "A data set of random embeddings, all but the last five for training, and those five; `twins` photos are there twice."
+    rows = torch.randn(number + 5, width, generator=torch.Generator().manual_seed(0))
+    rows[:twins] = rows[twins:2*twins]
+    names = [f"{n:04d}" for n in range(number + 5)]
+    write_embeddings(folder/"many.safetensors", names, rows, "random")
+    return Data(pd.DataFrame({"image": names, "caption": "x", "split": ["train"]*number + ["test"]*5}), Embeddings(folder/"many.safetensors"), None), rows[number:]
+
+
 @pytest.mark.numerics
 def test_ridge_decides_between_the_average_and_the_image_itself(toy):
     data = toy(PLANE)
@@ -107,6 +116,28 @@ def test_weights_minimize_squared_errors_and_the_ridge(toy):
     alpha = np.linalg.lstsq(np.vstack([centred, math.sqrt(0.5)*root]), np.append(answers - answers.mean(), np.zeros(3)), rcond=None)[0]
     predicted = (kernel[3, :3] - kernel[:3, :3].mean(0)) @ centre @ alpha + answers.mean()
     assert RegressionWeights(data, 0.5)(["n"])[0] @ answers == pytest.approx(predicted, abs=1e-9)
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("number, width, twins", [(30, 5, 0), (60, 16, 0), (40, 8, 10)])
+def test_all_landmarks_give_what_the_whole_kernel_gives(tmp_path, number, width, twins):
+    data, asked = many(tmp_path, number, width, twins)
+    exact = RegressionWeights(data, 0.5)
+    bounded = RegressionWeights(data, 0.5)
+    bounded._fit_landmarks(bounded.known, 0.5)
+    np.testing.assert_allclose(bounded(asked), exact(asked), rtol=0, atol=1e-9)
+
+
+@pytest.mark.numerics
+def test_weights_of_more_photos_need_memory_for_the_landmarks_alone(tmp_path):
+    data, asked = many(tmp_path, 300, 6)
+    exact, bounded = RegressionWeights(data, 1.)(asked), RegressionWeights(data, 1., landmarks=64)
+    found = bounded(asked)
+    assert found.shape == exact.shape and max(v.numel() for v in vars(bounded).values() if torch.is_tensor(v)) <= max(64*64, 300*6)
+    np.testing.assert_allclose(found.sum(1), 1, atol=1e-9)
+    assert (found == RegressionWeights(data, 1., landmarks=64)(asked)).all()
+    answers = np.random.default_rng(0).standard_normal((300, 40))
+    assert np.corrcoef((found @ answers).ravel(), (exact @ answers).ravel())[0, 1] > 0.9
 
 
 @pytest.mark.numerics

@@ -308,8 +308,8 @@ def test_papermill_runs_the_road_and_keeps_the_notebook_of_a_failure(road, tmp_p
 @pytest.mark.parametrize("words, text", [(["epoch=5", "seed=1"], "unknown field 'epoch'; did you mean 'epochs'?"),
                                          (["epochs=5", "num_beams=0"], "num_beams=0 is too small; it must be at least 1")])
 def test_wrong_words_end_before_anything_runs(outputs, words, text):
-    with pytest.raises(ValueError) as error: main(words, run="new")
-    assert str(error.value) == text and not outputs.exists()
+    with pytest.raises(SystemExit) as end: main(words, run="new")
+    assert end.value.code == f"clipcap.pipeline: {text}" and not outputs.exists()
 
 
 def test_without_a_checkout_the_command_names_what_works(tmp_path):

@@ -1,6 +1,7 @@
 """Paths, atomic writes, the run folder and its locks (clipcap.runs, clipcap.core.Run)."""
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from clipcap.core import Run, check_earlier, make_config, open_run
 from clipcap.runs.files import atomic_path, clear_strays, write_json
@@ -50,6 +52,26 @@ def test_strays_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):
     with atomic_path(tmp_path/"living.json") as living:
         clear_strays(tmp_path)
         assert living.exists() and not dead.exists()
+
+
+def test_there_is_one_kind_of_lock():
+    found = {p.name for p in (ROOT/"clipcap").rglob("*.py") if re.search(r"\bflock|fcntl|msvcrt|lockf", p.read_text("utf-8"))}
+    assert not found
+
+
+WRITER = """import sys, time
+from clipcap.runs.files import atomic_path
+with atomic_path(sys.argv[1]) as part: part.write_text("half"); print("in", flush=True); time.sleep(60)"""
+
+
+def test_strays_of_a_killed_process_go_once_it_is_dead(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path/"sub/x.json")], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        clear_strays(tmp_path)
+        assert [p.read_text() for p in tmp_path.rglob(".*.tmp")] == ["half"]
+        other.kill()
+    clear_strays(tmp_path)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
 def test_full_disk_and_read_only_folder_are_explained(tmp_path, monkeypatch):

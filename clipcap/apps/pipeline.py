@@ -340,6 +340,17 @@ def write_extremes(
     with atomic_path(path) as temporary: table.to_csv(temporary, index=False)
 
 # %% ../../nbs/apps/pipeline.ipynb #69f926c8
+def _in_words(error, run):
+    "Tell why a run ended; where a stage failed under papermill, name its notebook, which holds the traceback. None for an error of our own."
+    if isinstance(error, (OSError, ValueError)): return str(error)
+    from nbclient.exceptions import DeadKernelError
+    if isinstance(error, DeadKernelError): what, kind = "its process was killed, perhaps since the memory was full", "DeadKernelError"
+    elif hasattr(error, "evalue"): what, kind = error.evalue, error.ename  # papermill's
+    else: return None
+    notebook = max((Run(run).path/"notebooks").glob("*.ipynb"), key=lambda p: p.stat().st_mtime_ns)
+    return f"{notebook.stem}: {what} ({kind}; the whole traceback is in {notebook})"
+
+
 @call_parse
 def main(
     change: Param("Fields of Config to change: epochs=5 seed=1 …", str, nargs="*"),
@@ -350,17 +361,21 @@ def main(
     table: str = "",  # CSV of test CIDEr and its controls, one line per seed
 ):
     "Run the stage notebooks under papermill, then print the results (`python -m clipcap.apps.pipeline`)."
-    changes = parse_changes(change)
-    runs = [(f"{run}-{s}", {**changes, "seed": int(s)}) for s in seeds.split()] or [(run, changes)]
-    for name, more in runs:
-        try: ran = run_stages(name, preset, force, **more)
-        except KeyboardInterrupt:
-            print(f"\nstopped by hand; what run {name!r} has finished is kept, and the same command resumes it", file=sys.stderr)
-            raise SystemExit(130) from None
-        if not ran: print("every stage is up to date", file=sys.stderr)
-        print(f"\n{name}\n{summary(Run(name))}")
-    if table:
-        path = resolve_path(table)
-        write_seed_table([Run(name) for name, _ in runs], path)
-        write_extremes(Run(runs[0][0]), path.with_name(f"{path.stem}_captions.csv"))
-        print(f"\n{path}\n{path.read_text()}")
+    name = run
+    try:
+        changes = parse_changes(change)
+        runs = {f"{run}-{s}": changes | parse_changes([f"seed={s}"]) for s in seeds.split()} or {run: changes}
+        for name, more in runs.items():
+            if not run_stages(name, preset, force, **more): print("every stage is up to date", file=sys.stderr)
+            print(f"\n{name}\n{summary(Run(name))}")
+        if table:
+            path = resolve_path(table)
+            write_seed_table([Run(name) for name in runs], path)
+            write_extremes(Run([*runs][0]), path.with_name(f"{path.stem}_captions.csv"))
+            print(f"\n{path}\n{path.read_text()}")
+    except KeyboardInterrupt:
+        print(f"\nstopped by hand; what run {name!r} has finished is kept, and the same command resumes it", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if not (why := _in_words(error, name)): raise
+        raise SystemExit(f"clipcap.pipeline: {why}") from None

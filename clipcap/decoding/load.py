@@ -57,6 +57,9 @@ def load_run(
     if not run.manifest: raise ValueError(f"there is no run {name!r} in {run.path.parent}")
     paths = checkpoint_paths(run, epoch)
     config = replace(run.config("03_train"), device=device)  # the settings may be newer
+    if precision == "bfloat16" and config.gpt2_tuning != "none":
+        raise ValueError(f"run {name!r} was trained with gpt2_tuning={config.gpt2_tuning!r}, and its GPT-2 computes in float32; leave out "
+                         "precision='bfloat16', or give 'float32'")
     if precision: config = replace(config, precision=precision)
     clip_dim = Embeddings(resolve_path(config.embeddings)).dim if config.embeddings else None
     model = load_model(config, clip_dim)

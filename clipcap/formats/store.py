@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
@@ -262,17 +263,13 @@ class KnownNames:
 
 
 def _lock(path):
-    "Open a file that no other process can lock while it is open."
-    file = open(path/".lock", "w")
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError: pass  # Windows: the user must see to it that there is one writer
-    except OSError:
-        file.close()
+    "Lock a store."
+    lock = FileLock(path/".lock", timeout=0)
+    try: lock.acquire()
+    except Timeout:
         raise RuntimeError(f"another process is writing to {path}; wait for it, or write shards under names of their own with "
                            "write_shard, and run index_store when all are done") from None
-    return file
+    return lock
 
 # %% ../../nbs/formats/store.ipynb #b07f7c7d
 class StoreWriter:
@@ -298,7 +295,7 @@ class StoreWriter:
     def __exit__(self, *error):
         try:
             if self._held: self._write()
-        finally: self._lock.close()
+        finally: self._lock.release()
 
     def missing(
         self,

@@ -7,7 +7,6 @@ __all__ = ['CAPTION_COLUMNS', 'LONGEST_CAPTION', 'read_text', 'read_lines', 'rea
            'is_table', 'table_rows']
 
 # %% ../../nbs/formats/tables.ipynb #c0940908
-import ast
 import csv
 import io
 import json
@@ -139,16 +138,6 @@ def _objects(path):
     return (parse(*line) for line in read_lines(path))
 
 
-def _captions_of(value):
-    "Return the captions in a cell: text, a list, or a list that was written as text."
-    if isinstance(value, str) and value[:1] + value[-1:] == "[]" and len(value) <= LONGEST_CAPTION:
-        for parse in (json.loads, ast.literal_eval):
-            try: found = parse(value)
-            except (ValueError, SyntaxError, RecursionError, MemoryError): continue
-            if isinstance(found, list) and all(isinstance(text, str) for text in found): return found
-    return value if isinstance(value, list) else [value]
-
-
 def table_rows(
     path: Path,  # a CSV, TSV, JSON Lines or JSON file
 ) -> Iterator[tuple[str, str, str | None]]:  # image, caption (blank for an image without one), cell of the column `split`
@@ -158,7 +147,7 @@ def table_rows(
         if not isinstance(row, dict): raise ValueError(f"{path}, {place}: {row!r:.60} is no object")
         image, captions = columns.get(keys := tuple(row)) or columns.setdefault(keys, find_columns(list(row)))
         if image is None: raise ValueError(f"{path}, {place}: no image among {list(row)!r:.200}; expected one of {_IMAGE_COLUMNS}")
-        name, texts = row[image], [text for column in captions for text in _captions_of(row[column])]
+        name, texts = row[image], [text for column in captions for text in (row[column] if isinstance(row[column], list) else [row[column]])]
         if not isinstance(name, str): raise ValueError(f"{path}, {place}: a photo is called {name!r:.80}; its name must be text")
         if wrong := [text for text in texts if not isinstance(text, (str, type(None)))]:
             raise ValueError(f"{path}, {place}: a caption of {name} is a {type(wrong[0]).__name__}, {wrong[0]!r:.40}; it must be text")

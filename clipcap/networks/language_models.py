@@ -10,6 +10,7 @@ import inspect
 import math
 import re
 import warnings
+from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
@@ -176,6 +177,17 @@ def _window(config):
 _BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$|position_ids$")  # constants that older versions stored
 
 
+_UNREADABLE = (UnpicklingError, EOFError, IndexError)  # what torch raises for a file that is none of its own
+
+
+def _why(error, path):
+    "Tell why a language model can't be loaded; where torch advises to run the code in a file, name the file and how to convert it."
+    if not isinstance(error, _UNREADABLE) and not re.search("weights_only|torch.load", str(error)): return f"{error!s:.600}"
+    files = [str(p) for p in sorted(Path(path).glob("pytorch_model*.bin"))]
+    return (f"{', '.join(files) or 'its file of weights'} holds more than weights, or is damaged; where it was made, write it as safetensors: "
+            "model.save_pretrained(FOLDER)")
+
+
 def load_gpt2(
     name: str,  # hub name, local directory of a causal LM, or "mini"
     tokenizer,  # from `load_tokenizer`
@@ -206,8 +218,7 @@ def _load_whole(name):
     path = gpt2_path(name)
     try: gpt2, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False,
                                                            generation_config=GenerationConfig(), ignore_mismatched_sizes=True, output_loading_info=True)
-    except UnpicklingError: refuse("its weights are a pickle with more in it than tensors, which is not opened", "pass a folder with model.safetensors")
-    except Exception as error: refuse(f"{error!s:.600}")
+    except Exception as error: refuse(_why(error, path))
     unexpected = [key for key in info["unexpected_keys"] if not _BUFFERS.search(key)]
     other = [f"{key} {tuple(found)} for {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]]
     for keys, what in ((info["missing_keys"], "are missing"), (unexpected, "are unknown to it"), (other, "have another shape")):

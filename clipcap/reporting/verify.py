@@ -215,10 +215,15 @@ def check_scores(
     same_place: bool = True,  # versions and hardware are those of the run
 ) -> list[dict]:  # rows, see `check`
     "Check the scores of a split against those computed from its captions."
-    rows = []
-    try: written, captions, data, scores, absent = _rescore(run, split, data, encode)
+    try: return _score_rows(run, split, data, encode, same_place)
     except Exception as error:  # of files that anybody may have edited
         return [check("scores", f"scores_{split}.json, from captions_{split}.json", "scores", f"{type(error).__name__}: {error}", False)]
+
+
+def _score_rows(run, split, data, encode, same_place):
+    "Make the rows of `check_scores` from files that are sound."
+    written, captions, data, scores, absent = _rescore(run, split, data, encode)
+    rows = []
     now, corpus = nan_to_none(scores.corpus), written["corpus"]
     def eps(name): return 1e-9 if same_place or name not in CLIP_COLUMNS else 1e-4
     for name, value in corpus.items():
@@ -243,10 +248,11 @@ def check_images(
 ) -> list[dict]:  # rows, see `check`
     "Check the scores of each image."
     path = run.path/f"scores_{split}.csv"
-    try: table = read_scores(path)[list(again)]
-    except (OSError, ValueError, KeyError) as error: return [check("scores", path.name, "readable", f"{type(error).__name__}: {error}", False)]
-    if list(table.index) != list(again.index): return [check("scores", f"images of {split}", f"{len(again)} captions", f"{len(table)} rows of other images", False)]
-    return [_same("images", split, table.to_dict(), again.to_dict(), eps)]
+    try:
+        table = read_scores(path)[list(again)]
+        if list(table.index) != list(again.index): return [check("scores", f"images of {split}", f"{len(again)} captions", f"{len(table)} rows of other images", False)]
+        return [_same("images", split, table.to_dict(), again.to_dict(), eps)]
+    except (OSError, ValueError, KeyError, TypeError) as error: return [check("scores", path.name, "readable", f"{type(error).__name__}: {error}", False)]
 
 
 def check_protocol(

@@ -11,9 +11,11 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+
+from filelock import FileLock
 
 # %% ../../nbs/runs/files.ipynb #c9b799e4
 def project_root() -> Path:  # folder that relative paths start from
@@ -46,15 +48,7 @@ def asset_path(
 
 # %% ../../nbs/runs/files.ipynb #dbff67a8
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def _flock(file):
-    "Lock an open file for as long as it is open; return whether that worked."
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError): return False  # Windows, a lock of another process, a file system without locks
-    return True
+_NO_LOCK = (OSError, NotImplementedError)  # a lock of another process, or a file system without locks
 
 
 def _is_full(error): return getattr(error, "errno", None) in _FULL or "No space left" in str(error)  # safetensors raises its own type
@@ -80,33 +74,42 @@ def atomic_path(
 
     Raises `OSError` naming `path` where the disk is full or the folder read-only."""
     path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    lock = FileLock(f"{temporary}.lock", timeout=0)  # for `clear_strays`: its writer lives
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False)
-    except OSError as error: raise unwritable(path, error) from None
-    temporary = Path(file.name)
+        with suppress(*_NO_LOCK): lock.acquire()
+        temporary.touch()
+    except OSError as error:
+        _remove(temporary, lock)
+        raise unwritable(path, error) from None
     try:
-        with file:
-            if not _flock(file): file.close()  # open, and locked, for `clear_strays`: its writer lives
-            yield temporary
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
-            temporary.chmod(0o644)
-            os.replace(temporary, path)
+        yield temporary
+        with open(temporary, "rb") as written: os.fsync(written.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
     except Exception as error:
         if not _is_full(error): raise
         raise unwritable(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    finally: _remove(temporary, lock)
+
+
+def _remove(temporary, lock):
+    "Remove a temporary file, then its lock."
+    with suppress(OSError): os.unlink(temporary)
+    lock.release()
+    with suppress(OSError): os.unlink(lock.lock_file)
 
 
 def clear_strays(
     folder: str | Path,  # searched with all folders below it
 ):
     "Remove temporary files of `atomic_path` whose process was killed; those of living processes stay."
-    for path in Path(folder).rglob(".*.tmp"):
-        with suppress(OSError), open(path, "r+b") as file:
-            if _flock(file): path.unlink()
+    for name in {str(path).removesuffix(".lock") for pattern in (".*.tmp", ".*.tmp.lock") for path in Path(folder).rglob(pattern)}:
+        lock = FileLock(f"{name}.lock", timeout=0)
+        with suppress(*_NO_LOCK):
+            lock.acquire()
+            _remove(Path(name), lock)
 
 # %% ../../nbs/runs/files.ipynb #a0a141fe
 def write_json(

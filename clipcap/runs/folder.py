@@ -111,6 +111,7 @@ class RunFolder:
         name: str,  # name of the run: one path component
         root: str | Path | None = None,  # folder of runs; `outputs_dir()` where None
     ):
+        if not isinstance(name, str): raise TypeError(f"run={name!r} is a {type(name).__name__}; it must be text (with papermill: -r run {name})")
         if not name or Path(name).name != name or name == ".." or not name.isprintable():
             raise ValueError(f"run={name!r} must be a plain folder name, such as 'demo'")
         self.name, self.path = name, Path(root or outputs_dir())/name

@@ -117,25 +117,49 @@ def consensus(
 class RegressionWeights:
     """Kernel ridge regression with an intercept (Saunders et al. 1998): weights of the training images for another.
 
-    Needs memory for (N, N), N the training images."""
+    Exact up to `landmarks` training images; of more, so many are drawn, and functions in the span of their kernels are
+    fitted to all (Nyström: Williams & Seeger 2001). Needs memory for (landmarks, landmarks) and (N, D)."""
 
     def __init__(
         self,
-        data: Data,  # its training split
+        data: Data,  # its training split: N images
         ridge: float = 1.,  # the larger, the closer the weights are to equal
+        landmarks: int = 8192,  # images whose kernel matrix is held
     ):
-        self.directions = _directions(data)
+        self.directions, self.drawn = _directions(data), None
         self.known = self.directions(sorted(set(data.split("train").image)))
+        if len(self.known) > landmarks:
+            draw = torch.randperm(len(self.known), generator=torch.Generator().manual_seed(0))
+            return self._fit_landmarks(self.known[draw[:landmarks]], ridge)
         kernel = torch.exp(self.known @ self.known.T - 1)
         self.average = kernel.mean(0)
         centred = kernel - self.average - self.average[:, None] + self.average.mean()
         self.factor = torch.linalg.cholesky(centred + ridge*torch.eye(len(kernel), dtype=torch.double))
+
+    def _fit_landmarks(self, drawn, ridge):
+        "Ridge regression on features (N, M) whose products are the kernel, as far as the landmarks' span holds it."
+        self.drawn, many = drawn, len(drawn)
+        self.root = torch.linalg.cholesky(torch.exp(drawn @ drawn.T - 1) + 1e-10*torch.eye(many, dtype=torch.double))  # of equal photos, too
+        total, squares = torch.zeros(many, dtype=torch.double), ridge*torch.eye(many, dtype=torch.double)
+        for rows in self.known.split(many):
+            features = self._features(rows)
+            total += features.sum(0)
+            squares += features.T @ features
+        self.average = total/len(self.known)
+        self.factor = torch.linalg.cholesky(squares - len(self.known)*torch.outer(self.average, self.average))
+
+    def _features(self, rows): return torch.linalg.solve_triangular(self.root, torch.exp(self.drawn @ rows.T - 1), upper=False).T
 
     def __call__(
         self,
         images: list[str] | torch.Tensor,  # Q images, or their embeddings (Q, D)
     ) -> np.ndarray:  # (Q, N) of the training images in order of their names; each row's sum is 1
         "Compute weights whose sum over values of the training images predicts the value of others."
+        if self.drawn is not None:
+            solved = torch.cholesky_solve((self._features(self.directions(images)) - self.average).T, self.factor)  # (M, Q)
+            of_landmarks = torch.linalg.solve_triangular(self.root.T, solved, upper=True)
+            weights = torch.cat([torch.exp(rows @ self.drawn.T - 1) @ of_landmarks for rows in self.known.split(len(self.drawn))])
+            return (weights - self.average @ solved + 1/len(self.known)).T.numpy()
         asked = torch.exp(self.directions(images) @ self.known.T - 1)
         asked = asked - asked.mean(1, keepdim=True) - self.average + self.average.mean()
         weights = torch.cholesky_solve(asked.T, self.factor).T
