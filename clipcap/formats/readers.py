@@ -23,7 +23,6 @@ import numpy as np
 import pandas as pd
 
 from ..core import registered
-from .lists import caption_list
 from .tables import LONGEST_CAPTION, csv_rows, read_csv, read_json, read_lines, read_text, table_rows
 from ..runs.files import resolve_path
 
@@ -328,18 +327,10 @@ def is_text(
     return True
 
 
-def _single_rows(source):
-    "Yield rows (image, caption, split), a list of captions in one cell as a row for each."
-    for image, caption, split in source.rows():
-        try: captions = caption_list(caption) if isinstance(caption, str) else None
-        except ValueError as error: raise ValueError(f"{source.root}, {source}: a caption of {image}: {error}") from None
-        for text in [caption] if captions is None else captions or [""]: yield image, text, split
-
-
 def _clean_rows(source):
     "Yield checked rows (image, caption, split), captions without control characters and extra white space."
     where = f"{source.root}, {source}"
-    for image, caption, split in _single_rows(source):
+    for image, caption, split in source.rows():
         if not isinstance(image, str) or not image:
             raise ValueError(f"{where}: a photo is called {image!r:.80}; its name must be text")
         if not isinstance(caption, (str, type(None))):
