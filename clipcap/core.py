@@ -438,9 +438,15 @@ def notebook_parameters(
     namespace: dict,  # `globals()` of a notebook whose variables so far are its parameters
     extra: tuple = (),  # parameters of the notebook that are not settings
 ) -> dict:  # name -> value, for `open_run`
-    "Collect the parameters of a notebook: the plain variables of its `parameters` cell, and papermill's."
-    plain = (str, int, float, bool, list, tuple, Run, type(None))
-    found = [name for name, value in namespace.items()
-             if name.islower() and not name.startswith("_") and isinstance(value, plain)]
+    """Collect the parameters of a notebook: the plain variables of its `parameters` cell, and papermill's.
+
+    Raises `ValueError` for a name with capital letters that resembles a parameter, `TypeError` where papermill took the run's name for a number."""
+    plain, known = (str, int, float, bool, list, tuple, Run, type(None)), [*FIELDS, "run", "preset", *extra]
+    def meant(name): return difflib.get_close_matches(name.lower(), known, 1, 0.8 if name.isupper() else 0.6)
+    found = [name for name, value in namespace.items() if isinstance(value, plain) and not name.startswith("_") and name != "In"
+             and (not name.isupper() or meant(name))]  # constants that the notebook imports are in capitals, too
+    for name in found:
+        if name != name.lower() and meant(name): raise ValueError(f"unknown field {name!r}; did you mean {meant(name)[0]!r}?")
+    if isinstance(run := namespace.get("run"), (int, float)): raise TypeError(f"run={run!r} must be text: -r run {run}")
     names = namespace.setdefault("_parameters", found)  # so that the cell can be run again
     return {name: namespace[name] for name in names if name not in extra}

@@ -32,7 +32,7 @@ from .formats.embeddings import Embeddings, data_hash, read_metadata, write_embe
 from .formats.photos import read_photo
 from .formats.readers import (SPLITS, Photos, as_photos, check_official, find_layout, find_source, random_split,
                                      read_table)
-from .formats.tokenizer import encode_captions
+from .formats.tokenizer import enclose, token_ids
 from .runs.files import asset_path, atomic_path, hash_file, outputs_dir, project_root, resolve_path
 
 # %% ../nbs/01_data.ipynb #adf52051
@@ -248,14 +248,19 @@ class FlickrDataset(Dataset):
                              "them out of the table")
         self.references = captions.groupby("image", sort=True).caption.apply(list).to_dict()
         self.images = list(self.references)
-        tokens = encode_captions(tokenizer, captions.caption.tolist(), max_length)
-        self.tokens = captions.assign(t=tokens).groupby("image", sort=True).t.apply(list).to_dict()
+        ids = token_ids(tokenizer, captions.caption.tolist())
+        self._cut = sum(len(of_one) > max_length - 2 for of_one in ids), len(ids)
+        self.tokens = captions.assign(t=[enclose(tokenizer, of_one, max_length) for of_one in ids]).groupby("image", sort=True).t.apply(list).to_dict()
         every = [(image, k) for image in self.images for k in range(len(self.tokens[image]))]
         self.items = every if caption_sampling == "all" else [(image, None) for image in self.images]
 
     def set_epoch(self, epoch: int):
         "Choose the epoch whose captions `caption_sampling='random'` samples."
         self.epoch = epoch
+
+    def count_cut(self) -> tuple[int, int]:  # captions that `max_length` cuts, captions
+        "Count the captions that are longer than `max_length`."
+        return self._cut
 
     def __len__(self): return len(self.items)
 
@@ -359,6 +364,7 @@ def prepare_data(
     table = _add_subsets(table, source)
     with atomic_path(run.path/"captions_table.csv") as temporary:
         table.to_csv(temporary, index=False)
+    for what, number in notes["left_out"].items(): print(f"left out: {number} {what}")
     return {**notes, "encoder": known.encoder, "embedding_dim": known.dim,
             "images": table.groupby("split").image.nunique().to_dict(), "captions": len(table),
             "data_hash": data_hash(run.path/"captions_table.csv", known)}

@@ -343,6 +343,7 @@ def train_run(
     check_features(config.mapping_network, data.embeddings.tokens, data.embeddings.path)
     model = load_model(config, data.embeddings.dim)
     train_set, val_set, rows = training_sets(run, config, data, model.tokenizer)
+    if accelerator.is_main_process: _note_cut(run, config.max_length, train=train_set, val=val_set)
     fit_scaling(model.mapping_network, rows)
     recipe, before = training_recipe(run, config, data.embeddings.encoder), trained_so_far(run.path)
     if before and before["epoch"] > config.epochs and not restart:
@@ -354,6 +355,14 @@ def train_run(
         _set_aside(run.path)
     accelerator.wait_for_everyone()
     return train(model, train_set, val_set, config, run.path, recipe)
+
+
+def _note_cut(run, max_length, **sets):
+    "Record in `run.json`, and print, how many captions are longer than `max_length`."
+    counted = {part: dict(zip(("cut", "of"), dataset.count_cut())) for part, dataset in sets.items()}
+    for part, n in counted.items():
+        if n["cut"]: print(f"{n['cut']} of {n['of']} captions of {part} are longer than {max_length=} tokens and are cut")
+    if "started" in run.stage_entry("03_train"): run.update_stage("03_train", captions_cut=counted)
 
 
 def _set_aside(folder):

@@ -101,7 +101,7 @@ def test_odd_rows_are_read(tmp_path, name, content, captions): assert read_capti
 
 @pytest.mark.parametrize("name, content, text", [
     ("Flickr8k.token.txt", "a.jpg#0\tA dog\na.jpg no tab\n", "Flickr8k.token.txt, line 2: expected 'photo.jpg#0<TAB>caption'"),
-    ("captions.txt", "photo,text\na.jpg,A dog\n", "captions.txt, line 1: expected the header 'image,caption'"),
+    ("captions.txt", "who,what\na.jpg,A dog\n", "captions.txt, line 1: expected the header 'image,caption'"),
     ("captions.txt", "image,caption\na.jpg\n", "captions.txt, line 2"),
     ("captions.txt", "image_name,comment_number,comment\na.jpg,A dog\n", "line 2: expected 'image_name,comment_number,comment', found 'a.jpg,A dog'"),
     ("captions.txt", 'image,caption\na.jpg,"A dog\nb.jpg,A cat\nc.jpg,A cow\n', "a caption spans several lines; close its quotation mark"),

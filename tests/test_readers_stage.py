@@ -15,9 +15,10 @@ from clipcap.core import open_run
 from clipcap.data import load_data, prepare_data
 from clipcap.formats.readers import READERS, SPLITS, Reader, find_source, read_captions, read_text, split_of
 
-# all but two: COCO has no official test split, and img2dataset has other names, for which the random split is another
-CASES = [(format, split) for format in ("Flickr8k", "Flickr30k", "Karpathy's split", "COCO", "img2dataset", "Hugging Face datasets")
-         for split in ("official", "random") if (format, split) not in (("COCO", "official"), ("img2dataset", "random"))]
+# all but some: COCO has no official test split, and where photos have other names the random split is another
+OTHER_NAMES = ("img2dataset", "Hugging Face imagefolder", "photos with .txt")
+CASES = [(format, split) for format in ("Flickr8k", "Flickr30k", "Karpathy's split", "COCO", "BLIP", "table", *OTHER_NAMES, "Hugging Face datasets")
+         for split in ("official", "random") if (format, split) != ("COCO", "official") and (format not in OTHER_NAMES or split == "official")]
 
 
 class Writer:
@@ -75,6 +76,25 @@ class Writer:
             (self.folder/part).mkdir(parents=True)
             (self.folder/f"{part}/{shard:05d}.tar").write_bytes(tar_bytes(files))
         return called
+
+    def blip(self):
+        self.copy("images")
+        for part in SPLITS: self.text(f"annotations/coco_karpathy_{part}.json", json.dumps([{"image": n, "caption": self.captions[n], "image_id": n} for n in self.of(part)]))
+
+    def table(self):
+        self.copy("photos")
+        self.text("mine.csv", csv_text(("", "title", "img_path", "split"), *((k, c, n, self.split[n]) for n in self.names for k, c in enumerate(self.captions[n]))))
+
+    def hugging_face_imagefolder(self):
+        for part in SPLITS:
+            self.copy(part, self.of(part))
+            self.text(f"{part}/metadata.jsonl", "".join(json.dumps({"file_name": n, "text": self.captions[n]}) + "\n" for n in self.of(part)))
+        return {n: f"{part}/{n}" for n, part in self.split.items()}
+
+    def photos_with__txt(self):
+        for part in SPLITS: self.copy(part, self.of(part))
+        for n, part in self.split.items(): self.text(f"{part}/{os.path.splitext(n)[0]}.txt", "\n".join(self.captions[n]))
+        return {n: f"{part}/{n}" for n, part in self.split.items()}
 
     def hugging_face_datasets(self):
         datasets = pytest.importorskip("datasets")

@@ -97,7 +97,7 @@ def test_shards_of_others_are_read():
 
 
 @pytest.mark.parametrize("files, at, text", [
-    (BARE, "", "00000.tar: 000000000 has no caption: neither in a .txt beside it, nor in its .json, nor is its URL in a .tsv of"),
+    (BARE, "", "00000.tar: 000000000 has no caption: neither in a 000000000.txt or 000000000.json in the same shard, nor is its URL in a .tsv of"),
     ({"cc.tsv": TABLE}, "", "cc.tsv: no photos beside it: expected shards such as 00000.tar or 00000/"),
     ({"cc.tsv": TABLE}, "cc.tsv", "--url_col url --caption_col caption"),
     ({"00000.parquet": b"PAR1"}, "", "00000.parquet: no photos beside it"),

@@ -279,7 +279,7 @@ def test_folder_means_its_photos_in_sorted_order(tmp_path):
     assert find_photos([str(tmp_path/"more"), str(tmp_path/"list.txt")]) == [str(tmp_path/"more/a.jpeg"), str(tmp_path/"list.txt")]
 
 
-@pytest.mark.parametrize("paths, message", [(["absent.jpg"], "there is no file or folder absent.jpg"), (["empty"], r"empty has no photos in it \(.bmp, "),
+@pytest.mark.parametrize("paths, message", [(["absent.jpg"], "there is no file or folder absent.jpg"), (["empty"], r"empty has no photos in it \(.apng, .avif, "),
                                             (["-", "empty"], "give no others beside it")])
 def test_path_without_photos_is_named(tmp_path, monkeypatch, paths, message):
     (tmp_path/"empty").mkdir()

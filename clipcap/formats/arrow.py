@@ -8,7 +8,6 @@ __all__ = ['HUGGING_FACE', 'Part', 'load_parts', 'first_rows', 'name_photos', 'A
 # %% ../../nbs/formats/arrow.ipynb #6ff5aa15
 import hashlib
 import io
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from .readers import Reader, file_stamp, split_of
+from .tables import CAPTION_COLUMNS, find_columns
 
 # %% ../../nbs/formats/arrow.ipynb #47f9ec3e
 _NAME_COLUMNS = ("filename", "file_name")
@@ -139,17 +139,11 @@ class ArrowPhotos:
         return hashlib.sha256(self._stamp.encode()).hexdigest()[:16]
 
 # %% ../../nbs/formats/arrow.ipynb #01d42f4a
-_CAPTION_COLUMNS = ("caption", "captions", "sentences", "text", "texts", "sentence", "description", "raw")
-
-
 def _find_caption_columns(root, part, names):
     "Return the columns that hold captions."
-    single = next(([name] for name in _CAPTION_COLUMNS if name in names), None)
-    several = [name for name in names if re.fullmatch(r"(?:caption|sentence|text|raw)s?_?\d+", name)]
-    if not single and not several:
-        raise ValueError(f"{root}: {part} has no column of captions among {names}: expected one of {_CAPTION_COLUMNS}, "
-                         "or caption_0, caption_1 …; rename_column(NAME, 'caption'), and save it again")
-    return single or several
+    if found := find_columns(names)[1]: return found
+    raise ValueError(f"{root}: {part} has no column of captions among {names}: expected one of {CAPTION_COLUMNS}, "
+                     "or caption_0, caption_1 …; rename_column(NAME, 'caption'), and save it again")
 
 
 def _texts(value):

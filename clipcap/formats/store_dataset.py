@@ -25,6 +25,7 @@ from ..core import Config, Run
 from .embeddings import data_hash, write_embeddings
 from .readers import SPLITS, Reader
 from .store import EmbeddingStore, Ragged, read_ragged, read_tensors, shard_hashes
+from .tokenizer import token_ids, whole_length
 from ..optim.processes import split_batch
 from ..runs.files import atomic_path, resolve_path
 
@@ -93,8 +94,7 @@ def tokens_file(
 
 def _tokenize(tokenizer, captions):
     "Return token ids of captions, without the special tokens that `encode_captions` adds."
-    if not captions: return Ragged.of_lists([])
-    return Ragged.of_lists(tokenizer(captions, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"])
+    return Ragged.of_lists(token_ids(tokenizer, captions) if captions else [])
 
 
 def tokenize_store(
@@ -188,7 +188,9 @@ def pad_captions(
     max_length: int,  # tokens per caption, both special tokens included
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, L) token ids, (B, L) attention mask
     "Put captions between the start and the end token, and pad them to the longest."
-    lengths = np.minimum(np.diff(captions.bounds), max_length - 2)
+    lengths = np.diff(captions.bounds)
+    for k in (lengths > max_length - 2).nonzero()[0]:
+        lengths[k] = whole_length(tokenizer, captions.values[captions.bounds[k]:][:lengths[k]].tolist(), max_length - 2)
     places, ends = np.arange(lengths.max() + 2), lengths[:, None] + 1
     ids = np.full((len(lengths), len(places)), tokenizer.pad_token_id)
     inside = (places > 0) & (places < ends)
@@ -214,6 +216,11 @@ def collate(
             "input_ids": ids, "attention_mask": mask}  # (B, L)
 
 # %% ../../nbs/formats/store_dataset.ipynb #dc4f6789
+def _captions_per_row(store, shard):
+    "Count the captions of each row of a shard."
+    return np.diff(store.from_captions(shard, lambda file: file.get_tensor("first_caption")))
+
+
 class StoreDataset:
     "Embeddings and tokenized captions of one split of a store, in batches."
 
@@ -239,8 +246,24 @@ class StoreDataset:
 
     def _count(self, shard):
         "Count the items of a shard."
-        counts = np.diff(self.store.from_captions(shard, lambda file: file.get_tensor("first_caption")))[self.store.splits(shard) == self.split]
+        counts = _captions_per_row(self.store, shard)[self.store.splits(shard) == self.split]
         return int(counts.sum() if self.caption_sampling == "all" else (counts > 0).sum())
+
+    def count_cut(
+        self,
+        most: int = 200_000,  # captions to tokenize, where no token ids are kept
+    ) -> tuple[int, int]:  # captions that `max_length` cuts, captions that were looked at
+        "Count the captions of the split that are longer than `max_length`: all, or the first where they must be tokenized for it."
+        cut = seen = 0
+        for shard, entry in enumerate(self.store.shards):
+            if not self.tokens and seen >= most: break
+            chosen = (self.store.splits(shard) == self.split).repeat(_captions_per_row(self.store, shard)).nonzero()[0]
+            if self.tokens: lengths = np.diff(read_tensors(self.tokens[shard], lambda file: file.get_tensor("tokens_bounds")))[chosen]
+            else:
+                texts = self.store.from_captions(shard, lambda file: read_ragged(file, "captions", 0, entry["captions"]))
+                lengths = np.diff(_tokenize(self.tokenizer, texts.take(chosen[:most - seen]).texts()).bounds)
+            cut, seen = cut + int((lengths > self.max_length - 2).sum()), seen + len(lengths)
+        return cut, seen
 
     def __len__(self): return self._length
 
@@ -305,14 +328,14 @@ def extract(
     path: str | Path,  # embeddings file to write
     limit: int | None = None,  # rows at most, chosen by the hashes of their names; None: all, which must fit in memory
 ) -> pd.DataFrame:  # columns `image`, `caption`, `split`, as `Data.captions`
-    "Write rows of a split as an embeddings file, and return their captions. Raises `ValueError` where there are none."
+    "Write rows of a split that have captions as an embeddings file, and return the captions. Raises `ValueError` where there are none."
     found = np.zeros((0, 3), np.uint64)  # hash, shard, row
     for shard in range(len(store.shards)):
-        rows = (store.splits(shard) == list(SPLITS).index(part)).nonzero()[0]
+        rows = ((store.splits(shard) == list(SPLITS).index(part)) & (_captions_per_row(store, shard) > 0)).nonzero()[0]
         new = np.stack([shard_hashes(store.file(shard))[rows], np.full(len(rows), shard, np.uint64), rows.astype(np.uint64)], 1)
         found = np.concatenate([found, new])
         found = found[np.argsort(found[:, 0])[:limit]]
-    if not len(found): raise ValueError(f"no row of {store.path} is in the split {part!r}")
+    if not len(found): raise ValueError(f"no row of {store.path} is in the split {part!r} and has a caption; give index_store captions")
     names, rows, table = [], [], []
     for shard, row in sorted(found[:, 1:].tolist()):
         first = store.from_captions(shard, lambda file: file.get_slice("first_caption")[row:row + 2].tolist())
@@ -336,10 +359,11 @@ def prepare_store(
                              f"made already; leave {name} out")
     store = EmbeddingStore(resolve_path(config.data_root), config.seed)
     table = pd.concat([extract(store, part, run.path/f"sample/{part}.safetensors", sample) for part in SPLITS])
-    empty = [part for part in SPLITS if part not in set(table.split)]
-    if empty: raise ValueError(f"no image of the split {empty} in {store.path} has a caption; give index_store captions")
+    bare = sum(int((_captions_per_row(store, shard) == 0).sum()) for shard in range(len(store.shards)))
     with atomic_path(run.path/"captions_table.csv") as temporary: table.to_csv(temporary, index=False)
+    if bare: print(f"left out: {bare} images without a caption")
     return {"format": "store", "store": config.data_root, "rows": len(store), "embeddings": f"{run.name}/sample",
+            "left_out": {"images without a caption": bare} if bare else {},
             "encoder": store.encoder, "embedding_dim": store.dim, "captions": len(table),
             "images": table.groupby("split").image.nunique().to_dict(),
             "data_hash": data_hash(run.path/"captions_table.csv", store)}

@@ -8,19 +8,21 @@ __all__ = ['MOST_TEXT', 'MOST_PHOTO', 'IMG2DATASET', 'read_url_captions', 'TarMe
 # %% ../../nbs/formats/tars.ipynb #8235cb1d
 import io
 import json
+import os
 import re
 import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from tqdm import tqdm
 
-from .readers import Folders, Reader, file_stamp, find_files, leads_out, read_json, read_lines, split_of
+from .photos import is_photo, other_photos
+from .readers import Folders, Reader, file_stamp, find_files, leads_out, split_of
+from .tables import is_table, read_json, read_lines
 
 # %% ../../nbs/formats/tars.ipynb #bb602462
 _URL = re.compile(r"(?:https?|ftp)://\S+", re.IGNORECASE)
@@ -58,7 +60,7 @@ def read_url_captions(
 
 # %% ../../nbs/formats/tars.ipynb #a0677c72
 MOST_TEXT, MOST_PHOTO = 16 << 20, 256 << 20  # largest member in bytes; a larger one is neither caption nor photo
-_PHOTO_TYPES = ("jpg", "jpeg", "png", "webp", "gif")
+_FIRST = (".jpg", ".jpeg", ".png", ".webp", ".gif")  # the photo of a sample that has several
 _TAR_HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 
 
@@ -134,29 +136,50 @@ class Tars:
         return file_stamp(path) if path else None
 
 # %% ../../nbs/formats/tars.ipynb #f47392cf
-def _shard_files(shard):
-    "Yield the name of each file of a shard, and the content of those with text."
-    if shard.is_dir():
-        for path in sorted(shard.iterdir()): yield path.name, path.read_bytes() if _has_text(path.name) else None
-    else:
-        for name, _, content in _tar_members(shard): yield name, content
+def _shard_files(shard, left_out):
+    "Return the files of a shard: name -> content of those with text, None for others."
+    if shard.is_dir(): return {path.name: path.read_bytes() if _has_text(path.name) else None for path in sorted(shard.iterdir()) if path.name[0] != "."}
+    files = {}
+    for name, _, content in _tar_members(shard):
+        if name in files: left_out["members whose name stands again later"] += 1
+        if not PurePosixPath(name).name.startswith("."): files[name] = content
+    return files
 
 
-def _samples(shard):
-    "Yield of each sample of a shard: its key, the name of its photo or None, its caption or None, its metadata."
-    def key(file): return re.match(r"(?:.*/)?[^.]*", file[0])[0]  # WebDataset's: up to the first dot
-    visible = (file for file in _shard_files(shard) if not PurePosixPath(file[0]).name.startswith("."))
-    for name, files in groupby(visible, key):
-        parts = {file[len(name) + 1:].lower(): (file, content) for file, content in files}
-        photo = next((parts[kind][0] for kind in _PHOTO_TYPES if kind in parts), None)
-        try:
-            caption = parts["txt"][1].decode() if "txt" in parts else None
-            metadata = json.loads(parts["json"][1]) if "json" in parts else {}
-            if not isinstance(metadata, dict): raise ValueError("no object")
-        except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
-            raise ValueError(f"{shard}: {name} has a damaged .txt or .json ({error}); "
-                             "have the shard made again") from None
-        yield name, photo, metadata.get("caption") if caption is None else caption, metadata
+def _read_text(shard, name, txt, json_text):
+    "Return caption and metadata of a sample, from its `.txt` and `.json`."
+    try:
+        caption = None if txt is None else txt.decode()
+        metadata = {} if json_text is None else json.loads(json_text)
+        if not isinstance(metadata, dict): raise ValueError("no object")
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
+        raise ValueError(f"{shard}: {name} has a damaged .txt or .json ({error}); "
+                         "have the shard made again") from None
+    return metadata.get("caption") if caption is None else caption, metadata
+
+
+def _samples(shard, left_out):
+    "Yield of each sample of a shard: its name, the name of its photo, its caption or None, its metadata."
+    files = _shard_files(shard, left_out)
+    photos, texts = {}, {}  # name of a sample -> its photos, or its texts by suffix
+    for file in files:
+        name, suffix = os.path.splitext(file)
+        if is_photo(file): photos.setdefault(name, []).append(file)
+        elif _has_text(file): texts.setdefault(name, {})[suffix.lower()] = files[file]
+    used = set()
+    for name, found in photos.items():
+        found.sort(key=lambda file: _FIRST.index(suffix) if (suffix := os.path.splitext(file)[1].lower()) in _FIRST else len(_FIRST))
+        key = name if name in texts else re.match(r"(?:.*/)?[^.]*", name)[0]
+        extra = key != name and (key in photos or key in used)  # the sample has its photo
+        if left := len(found) - 1 + extra: left_out["further photos of a sample"] += left
+        if extra: continue
+        used.add(key)
+        of_key = texts.get(key, {})
+        yield name, found[0], *_read_text(shard, name, of_key.get(".txt"), of_key.get(".json"))
+    bare = [name for name, parts in texts.items() if name not in used and re.match(r"(?:.*/)?[^.]*", name)[0] not in photos
+            and _read_text(shard, name, parts.get(".txt"), parts.get(".json"))[0] is not None]
+    if bare: left_out["captions without a photo"] += len(bare)
+    left_out.update(other_photos(files))
 
 # %% ../../nbs/formats/tars.ipynb #c7c8aac8
 def _captions_by_url(tables):
@@ -186,14 +209,21 @@ def _failed(stats):
     except (AttributeError, TypeError): raise ValueError(f"{stats} has no counts; expected what img2dataset writes, or no such file") from None
 
 # %% ../../nbs/formats/tars.ipynb #9e40ff6b
+def _no_caption(root, shard, name, url):
+    "Make the error for a photo without a caption; img2dataset writes the URL of each photo."
+    base = PurePosixPath(name).name
+    what = f"{shard}: {name} has no caption: neither in a {base}.txt or {base}.json in the same shard"
+    if url is None: return ValueError(f"{what}; put it there, or take the photo out")
+    return ValueError(f"{what}, nor is its URL in a .tsv of {root}; run img2dataset with --caption_col, or put the table there")
+
+
 def _shard_rows(root, shards, table, left_out):
     "Yield rows (image, caption, split) of all shards."
     taken, by_url = {}, None  # (split, URL) -> image; URL -> captions
     for shard in tqdm(shards, "reading shards", unit="shard"):
         place = shard.relative_to(root).with_suffix("")
         part = split_of(str(place))
-        for key, photo, caption, metadata in _samples(shard):
-            if photo is None: continue
+        for name, photo, caption, metadata in _samples(shard, left_out):
             image, url = (place/photo).as_posix(), metadata.get("url") if isinstance(metadata.get("url"), str) else None
             first = taken.setdefault((part, url or image), image)
             if first != image: left_out["photos fetched twice"] += 1
@@ -204,9 +234,7 @@ def _shard_rows(root, shards, table, left_out):
             if url in by_url:
                 for text, of_table in by_url[url] if first == image else []: yield image, text, part or of_table
             elif table: left_out["photos that the table lacks"] += 1
-            else:
-                raise ValueError(f"{shard}: {key} has no caption: neither in a .txt beside it, nor in its .json, nor is "
-                                 f"its URL in a .tsv of {root}; run img2dataset with --caption_col, or put the table there")
+            else: raise _no_caption(root, shard, name, url)
         failed = _failed(shard.with_name(f"{place.name}_stats.json"))
         if failed: left_out["photos that could not be fetched"] += failed
 
@@ -226,4 +254,5 @@ IMG2DATASET = Reader(
      "*/[0-9][0-9][0-9][0-9][0-9]/", "[0-9]*.parquet", "*.tsv"),
     "00000.tar or 00000/ and so on, in it or in folders such as train/, or a .tsv beside them",
     "photos, each with a .txt or .json of its name, or a table of URLs and captions beside them",
-    "shards have one where they lie in folders train, val and test", read_img2dataset)
+    "shards have one where they lie in folders train, val and test", read_img2dataset,
+    keep=lambda files: [f for f in files if f.suffix != ".tsv" or not is_table(f)])
