@@ -138,7 +138,7 @@ def _objects(path):
         except (ValueError, RecursionError) as error: raise ValueError(f"{path}, line {number} is not JSON ({error}); correct or remove the line") from None
     return (parse(*line) for line in read_lines(path))
 
-
+# %% ../../nbs/formats/tables.ipynb #462e8d6a
 def _captions_of(value):
     "Return the captions in a cell: text, a list, or a list that was written as text."
     if isinstance(value, str) and value[:1] + value[-1:] == "[]" and len(value) <= LONGEST_CAPTION:
