@@ -137,7 +137,7 @@ def _objects(path):
         except (ValueError, RecursionError) as error: raise ValueError(f"{path}, line {number} is not JSON ({error}); correct or remove the line") from None
     return (parse(*line) for line in read_lines(path))
 
-
+# %% ../../nbs/formats/tables.ipynb #462e8d6a
 def table_rows(
     path: Path,  # a CSV, TSV, JSON Lines or JSON file
 ) -> Iterator[tuple[str, str, str | None]]:  # image, caption (blank for an image without one), cell of the column `split`
