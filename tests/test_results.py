@@ -10,8 +10,6 @@ from data_files import read_files, write
 
 from clipcap.apps.cli import main
 
-KIND_4 = pytest.mark.xfail(strict=True, reason="issue 23, kind 4: tables of other separators are not read yet, by training neither")
-
 # CIDEr of these captions with these references is 1.5806 (reference tool)
 CAPTIONS = {"a.jpg": "a brown dog runs in the grass", "b.jpg": "two men play football", "c.jpg": "a girl in a red dress"}
 PEOPLE = {"a.jpg": ["a dog running on grass", "the brown dog"], "b.jpg": ["two men are playing soccer", "men with a ball"],
@@ -86,13 +84,13 @@ def cider(tmp_path, capsys):
 
 # --- the same references in every form
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=KIND_4) if n == "tabs.tsv" else n for n in REFERENCES])
+@pytest.mark.parametrize("name", REFERENCES)
 def test_references_of_every_form_score_alike(cider, name):
     status, found, said = cider(CAPTIONS, REFERENCES[name], names=("captions", name))
     assert status == 0 and round(found, 4) == RIGHT, said
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=KIND_4) if n == "table.tsv" else n for n in HYPOTHESES])
+@pytest.mark.parametrize("name", HYPOTHESES)
 def test_captions_of_every_form_score_alike(cider, name):
     status, found, said = cider(HYPOTHESES[name], PEOPLE, names=(name, "references"))
     assert status == 0 and round(found, 4) == RIGHT and "empty" not in said, said
@@ -111,6 +109,7 @@ def test_files_of_public_reports_score_as_the_reference_tool(cider, shared):
     ("captions.txt", "image,caption\na.jpg,a dog, red\nb.jpg,a cat\n"), ("captions.txt", "image,caption\na.jpg\n"), ("captions.txt", "name,words\na.jpg,a dog\n"),
     ("captions.txt", "image_name,comment_number,comment\na.jpg,0,a dog\n"), ("captions.txt", "image,caption\na.jpg,\nb.jpg,a cat\n"),
     ("results.csv", "image_name| comment_number| comment\na.jpg, 0, a dog\n"), ("Flickr8k.token.txt", "a.jpg a dog\n")])
+@pytest.mark.filterwarnings("ignore:references")
 def test_score_reads_what_training_reads_and_refuses_what_it_refuses(tmp_path, name, content):
     from clipcap.formats.results import read_references
     def outcome(read):
@@ -288,7 +287,7 @@ FORMS = {"coco": coco, "karpathy": karpathy, "blip": lambda p: [{"image": i, "ca
          "csv": lambda p: lines([("image", "caption"), *((i, c) for i, _, c in flat(p))], ",")}
 
 
-@pytest.mark.parametrize("form", [pytest.param(n, marks=KIND_4) if n == "tsv" else n for n in FORMS])
+@pytest.mark.parametrize("form", FORMS)
 def test_drawn_references_are_read_alike(tmp_path, form):
     from clipcap.formats.results import read_references
     rng = random.Random(form)

@@ -24,10 +24,11 @@ MEMORY = next((folder for folder in ("/dev/shm",) if os.access(folder, os.W_OK))
 FILES = {"kaggle": "captions.txt", "flickr8k": "Flickr8k.token.txt", "lists": "Flickr_8k.testImages.txt",
          "flickr30k": "results.csv", "annotations": "flickr_annotations_30k.csv", "karpathy": "dataset_a.json",
          "coco": "captions_val2014.json", "urls": "a.tsv", "tar": "00000.tar", "sample": "00000/1.json", "counts": "00000_stats.json",
+         "blip": "a_train.json", "imagefolder": "metadata.jsonl", "table": "a.csv", "texts": "a.txt",
          "pairs": "pairs.json", "manifest": "run.json", "metrics": "metrics.jsonl", "captions": "captions_test.json",
          "embeddings": "a.safetensors", "checkpoint": "a.pth"}
 BESIDE = {"lists": {"captions.txt": "image,caption\na.jpg,A dog.\n"}, "urls": {"00000/1.jpg": "", "00000/1.json": '{"url": "http://a/1"}'},
-          "sample": {"00000/1.jpg": "", "a.tsv": "http://a/1\tA dog.\n"}, "counts": {"00000/1.jpg": "", "00000/1.txt": "A dog."}}
+          "sample": {"00000/1.jpg": "", "a.tsv": "http://a/1\tA dog.\n"}, "counts": {"00000/1.jpg": "", "00000/1.txt": "A dog."}, "texts": {"a.jpg": ""}}
 
 
 def text(value): return isinstance(value, str) and value.encode() is not None  # half a surrogate pair can't be written again
@@ -89,7 +90,7 @@ def read_checkpoint(path):
     checkpoints.load_checkpoint(path, checkpoints.nn.Linear(2, 3))
 
 
-OURS = ("core", "formats.readers", "apps.cli")  # what a target's file passes through
+OURS = ("core", "formats.tables", "formats.readers", "apps.cli")  # what a target's file passes through
 THEIRS = {"pairs": ("scoring.metrics",), "metrics": ("runs.checkpoints",), "captions": ("evaluate",), "embeddings": ("formats.embeddings",),
           "checkpoint": ("runs.checkpoints",)}
 CALLS = {"pairs": read_pairs, "manifest": read_manifest, "metrics": read_metrics, "captions": read_captions,
@@ -174,8 +175,8 @@ def changed_tar(content, chance):
     return bytes(content)
 
 
-CHANGES = dict.fromkeys(("karpathy", "coco", "sample", "counts", "pairs", "manifest", "captions"), changed_json) | {
-    "metrics": changed_lines, "embeddings": changed_header, "checkpoint": changed_pickle, "tar": changed_tar}
+CHANGES = dict.fromkeys(("karpathy", "coco", "blip", "sample", "counts", "pairs", "manifest", "captions"), changed_json) | {
+    "metrics": changed_lines, "imagefolder": changed_lines, "embeddings": changed_header, "checkpoint": changed_pickle, "tar": changed_tar}
 
 
 def mutate(target, content, most, seed):

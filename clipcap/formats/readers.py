@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import registered
+from .lists import caption_list
 from .tables import LONGEST_CAPTION, csv_rows, read_csv, read_json, read_lines, read_text, table_rows
 from ..runs.files import resolve_path
 
@@ -186,11 +187,19 @@ def caption_rows(
     for image, caption, *_ in rows: yield image.strip(), caption
 
 
+def _single_rows(rows, where):
+    "Yield rows (image, caption, …), a list of captions in one cell as a row for each."
+    for image, caption, *rest in rows:
+        try: captions = caption_list(caption) if isinstance(caption, str) else None
+        except ValueError as error: raise ValueError(f"{where}: a caption of {image}: {error}") from None
+        for text in [caption] if captions is None else captions or [""]: yield image, text, *rest
+
+
 def read_captions(
     path: str | Path,  # as in `caption_rows`
 ) -> pd.DataFrame:  # columns `image`, `caption`, one row per caption, in the file's order
     "Read captions as `caption_rows` does, without blank ones. Raises `ValueError` naming file and line of a bad row."
-    rows = [(image, text) for image, caption in caption_rows(path) if (text := " ".join(caption.split()))]
+    rows = [(image, text) for image, caption in _single_rows(caption_rows(path), path) if (text := " ".join(caption.split()))]
     if not rows: raise ValueError(f"{path} holds no captions")
     return pd.DataFrame(rows, columns=["image", "caption"])
 
@@ -330,7 +339,7 @@ def is_text(
 def _clean_rows(source):
     "Yield checked rows (image, caption, split), captions without control characters and extra white space."
     where = f"{source.root}, {source}"
-    for image, caption, split in source.rows():
+    for image, caption, split in _single_rows(source.rows(), where):
         if not isinstance(image, str) or not image:
             raise ValueError(f"{where}: a photo is called {image!r:.80}; its name must be text")
         if not isinstance(caption, (str, type(None))):

@@ -249,22 +249,6 @@ class StoreDataset:
         counts = _captions_per_row(self.store, shard)[self.store.splits(shard) == self.split]
         return int(counts.sum() if self.caption_sampling == "all" else (counts > 0).sum())
 
-    def count_cut(
-        self,
-        most: int = 200_000,  # captions to tokenize, where no token ids are kept
-    ) -> tuple[int, int]:  # captions that `max_length` cuts, captions that were looked at
-        "Count the captions of the split that are longer than `max_length`: all, or the first where they must be tokenized for it."
-        cut = seen = 0
-        for shard, entry in enumerate(self.store.shards):
-            if not self.tokens and seen >= most: break
-            chosen = (self.store.splits(shard) == self.split).repeat(_captions_per_row(self.store, shard)).nonzero()[0]
-            if self.tokens: lengths = np.diff(read_tensors(self.tokens[shard], lambda file: file.get_tensor("tokens_bounds")))[chosen]
-            else:
-                texts = self.store.from_captions(shard, lambda file: read_ragged(file, "captions", 0, entry["captions"]))
-                lengths = np.diff(_tokenize(self.tokenizer, texts.take(chosen[:most - seen]).texts()).bounds)
-            cut, seen = cut + int((lengths > self.max_length - 2).sum()), seen + len(lengths)
-        return cut, seen
-
     def __len__(self): return self._length
 
     def rows(self, at_once: int = 4096) -> Iterator[torch.Tensor]:  # (n, …) float32
@@ -274,6 +258,24 @@ class StoreDataset:
                 out = np.empty((min(at_once, size - start), *self.store.shape), self.store.dtype)
                 self.store.read(shard, start, out)
                 yield torch.from_numpy(out[self.store.splits(shard, start, start + len(out)) == self.split]).float()
+
+# %% ../../nbs/formats/store_dataset.ipynb #85a72b80
+@patch
+def count_cut(
+    self: StoreDataset,
+    most: int = 200_000,  # captions to tokenize, where no token ids are kept
+) -> tuple[int, int]:  # captions that `max_length` cuts, captions that were looked at
+    "Count the captions of the split that are longer than `max_length`: all, or the first where they must be tokenized for it."
+    cut = seen = 0
+    for shard, entry in enumerate(self.store.shards):
+        if not self.tokens and seen >= most: break
+        chosen = (self.store.splits(shard) == self.split).repeat(_captions_per_row(self.store, shard)).nonzero()[0]
+        if self.tokens: lengths = np.diff(read_tensors(self.tokens[shard], lambda file: file.get_tensor("tokens_bounds")))[chosen]
+        else:
+            texts = self.store.from_captions(shard, lambda file: read_ragged(file, "captions", 0, entry["captions"]))
+            lengths = np.diff(_tokenize(self.tokenizer, texts.take(chosen[:most - seen]).texts()).bounds)
+        cut, seen = cut + int((lengths > self.max_length - 2).sum()), seen + len(lengths)
+    return cut, seen
 
 # %% ../../nbs/formats/store_dataset.ipynb #a1b5c33e
 @patch

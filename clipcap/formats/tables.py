@@ -139,15 +139,7 @@ def _objects(path):
         except (ValueError, RecursionError) as error: raise ValueError(f"{path}, line {number} is not JSON ({error}); correct or remove the line") from None
     return (parse(*line) for line in read_lines(path))
 
-
-def _captions_of(value, where):
-    "Return the captions in a cell: text, a list, or a list that was written as text."
-    if not isinstance(value, str): return value if isinstance(value, list) else [value]
-    try: found = caption_list(value)
-    except ValueError as error: raise ValueError(f"{where}: {error}") from None
-    return [value] if found is None else found
-
-
+# %% ../../nbs/formats/tables.ipynb #462e8d6a
 def table_rows(
     path: Path,  # a CSV, TSV, JSON Lines or JSON file
 ) -> Iterator[tuple[str, str, str | None]]:  # image, caption (blank for an image without one), cell of the column `split`
@@ -157,7 +149,7 @@ def table_rows(
         if not isinstance(row, dict): raise ValueError(f"{path}, {place}: {row!r:.60} is no object")
         image, captions = columns.get(keys := tuple(row)) or columns.setdefault(keys, find_columns(list(row)))
         if image is None: raise ValueError(f"{path}, {place}: no image among {list(row)!r:.200}; expected one of {_IMAGE_COLUMNS}")
-        name, texts = row[image], [text for column in captions for text in _captions_of(row[column], f"{path}, {place}")]
+        name, texts = row[image], [text for column in captions for text in (row[column] if isinstance(row[column], list) else [row[column]])]
         if not isinstance(name, str): raise ValueError(f"{path}, {place}: a photo is called {name!r:.80}; its name must be text")
         if wrong := [text for text in texts if not isinstance(text, (str, type(None)))]:
             raise ValueError(f"{path}, {place}: a caption of {name} is a {type(wrong[0]).__name__}, {wrong[0]!r:.40}; it must be text")

@@ -42,7 +42,7 @@ def load_tokenizer(
     tokenizer.add_special_tokens(special)
     return tokenizer
 
-
+# %% ../../nbs/formats/tokenizer.ipynb #3fde1008
 def token_ids(
     tokenizer,  # from `load_tokenizer`
     captions: list[str],  # N captions
