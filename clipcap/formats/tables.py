@@ -14,8 +14,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .lists import caption_list
-
 # %% ../../nbs/formats/tables.ipynb #deb2b74c
 def read_text(
     path: str | Path,  # a text file
