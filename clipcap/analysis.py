@@ -196,14 +196,14 @@ def plot_score_by(
 def copied_captions(
     captions: dict[str, str],  # image -> caption
     training: list[str],  # captions that the model was trained on
-) -> pd.DataFrame:  # index `caption` (its words): `images`, `in_training` (counts), `examples`
+) -> pd.DataFrame:  # index `caption` (its words): `images`, `in_training` (counts), `examples` (list of images)
     "List the training captions that the model repeats word for word, with the images that got them."
     words = tokenize({"captions": list(captions.values()), "training": training})
     known, given = Counter(words["training"]), {}
     for image, text in zip(captions, words["captions"]):
         if known[text]: given.setdefault(text, []).append(image)
     table = pd.DataFrame({"images": {t: len(i) for t, i in given.items()}, "in_training": {t: known[t] for t in given},
-                          "examples": {t: ", ".join(i[:4]) for t, i in given.items()}})
+                          "examples": {t: i[:4] for t, i in given.items()}})
     return table.rename_axis("caption").sort_values("images", ascending=False, kind="stable")
 
 # %% ../nbs/05_error_analysis.ipynb #2fac4cb0

@@ -26,7 +26,7 @@ from .model import caption_images, decoding_protocol
 from .runs.checkpoints import checkpoint_paths
 from .runs.files import atomic_path, save_figure, write_json
 from .scoring.clipscore import CLIP_COLUMNS, clip_scores, text_encoder
-from .scoring.diversity import UNDEFINED, diversity
+from .scoring.diversity import diversity
 from .scoring.metrics import MEANS, METRICS, Scores, as_scores, attempt, intervals, score
 from .scoring.tokenization import tokenize
 

@@ -164,7 +164,7 @@ def test_hardness_of_any_split_can_be_drawn(captions, references, score):
 
 def test_copied_captions_are_counted():
     table = copied_captions({"1": "A dog .", "2": "a dog", "3": "a cat", "4": "a fish"}, ["A cat .", "a dog", "a dog ."])
-    assert table.reset_index().to_numpy().tolist() == [["a dog", 2, 2, "1, 2"], ["a cat", 1, 1, "3"]]
+    assert table.reset_index().to_numpy().tolist() == [["a dog", 2, 2, ["1", "2"]], ["a cat", 1, 1, ["3"]]]
     assert copied_captions({"1": ""}, ["a dog"]).empty
 
 

@@ -32,7 +32,7 @@ WORDS = {
             "<|endoftext|>", "[PAD]", "_", "w"*70, "x,y", "a|b", "\ufffd", "\u200b", "\u202e"],
     "punctuation": list(".,;:!?-()'\"…/*`"), "emoji": ["🐶", "👩‍👧", "🏃🏽‍♀️", "🇫🇷", "❤️"],
     "scripts": ["собака", "бежит", "كلب", "יש", "σκύλος", "é", "ß", "개가"], "unspaced": list("犬が草の上を走る一只狗หมาวิ่ง")}
-NAMES = ["NA", "null", "NaN", "1.0", "007", "1e5", "a b.png", "ü.png", "$x_$.png", "x,y.jpg", "-1", "True", "🐶.jpg"]  # where names are free
+NAMES = ["NA", "null", "NaN", "1.0", "007", "1e5", "a, b.png", "ü.png", "$x_$.png", "x,y.jpg", "-1", "True", "🐶.jpg"]  # where names are free
 WRITES = {"its own": None, "nothing": [""], "one word": ["dog"], "odd words": [*WORDS["odd"], *WORDS["emoji"], "...", "", "a dog\nruns"]}
 
 
@@ -112,7 +112,7 @@ def draw_data(rng):
     "Draw a small data set: image -> captions."
     images = int(rng.integers(*[(1, 12), (12, 60), (60, 201)][rng.choice(3, p=[0.6, 0.3, 0.1])]))
     most, longest, blank, twice = int(rng.integers(1, 8)), int(rng.choice([1, 3, 12, 60])), rng.choice([0, 0, 0.3]), rng.choice([0, 0, 0.5])
-    kinds = rng.choice([*WORDS], size=rng.integers(1, 4), replace=False)
+    kinds = [*rng.choice([*WORDS], size=rng.integers(1, 4), replace=False), *["plain"]*(rng.random() < 0.7)]
     texts = []
 
     def text():
