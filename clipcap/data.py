@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .core import ENCODERS, Config, Run, check_earlier, pick_device, registered
+from .core import ENCODERS, FIELDS, Config, Run, check_earlier, pick_device, registered
 from .formats.clip_files import load_clip_file
 from .formats.download import download, unpack
 from .formats.embeddings import Embeddings, data_hash, read_metadata, write_embeddings
@@ -262,6 +262,8 @@ class FlickrDataset(Dataset):
         caption_sampling: str = "random",  # "random": one per image and epoch; "all": each
         seed: int = 42,  # of the random draws
     ):
+        choices = FIELDS["caption_sampling"]["choices"]
+        if caption_sampling not in choices: raise ValueError(f"caption_sampling={caption_sampling!r} is unknown; choose one of {choices}")
         self.embeddings, self.tokenizer, self.seed, self.epoch = embeddings, tokenizer, seed, 0
         absent = [name for name in captions.image.unique() if name not in embeddings]
         if absent:
@@ -287,6 +289,7 @@ class FlickrDataset(Dataset):
     def __len__(self): return len(self.items)
 
     def __getitem__(self, item: int) -> dict:
+        item = range(len(self))[item]  # from the end, where it is negative
         image, k = self.items[item]
         if k is None:
             draw = np.random.default_rng([self.seed, self.epoch, item])
@@ -404,7 +407,7 @@ class Data:
     "The output of this stage, as later stages read it."
     captions: pd.DataFrame  # columns `image`, `caption`, `split`, and `subset` where there is one
     embeddings: Embeddings  # of every image in `captions`
-    photos: Path | Photos | None  # a plain folder, or another place; None where there is none
+    photos: Path | Photos | None  # a plain folder, or another place, such as archives: read one with `photo`; None where there is none
 
     def split(self, name: str) -> pd.DataFrame:
         "The rows of one split: 'train', 'val' or 'test'."
@@ -417,7 +420,7 @@ class Data:
         return self.split(split).groupby("image").caption.apply(list).to_dict()
 
     def photo(self, name: str) -> Image.Image | None:
-        "A photo, or None where only its embedding is here."
+        "A photo of the data, wherever they are; None where only its embedding is here."
         if self.photos is None: return None
         try: return _photo(as_photos(self.photos), name)
         except FileNotFoundError: return None

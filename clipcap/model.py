@@ -10,20 +10,19 @@ __all__ = ['MappingNetwork', 'GridMapping', 'check_features', 'gpt2_hash', 'Clip
 # %% ../nbs/02_model.ipynb #ded27b94
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 from .core import DECODING, MAPPING_NETWORKS, Config, pick_device, registered, seed_everything
 from .data import encode_images, load_clip
 from .formats.embeddings import Embeddings
-from .formats.photos import read_photo, upright
+from .formats.photos import preprocess_photos
 from .formats.tokenizer import gpt2_path, load_tokenizer
 from .networks.language_models import caption_losses, continue_prefix, last_logits, load_gpt2
 from .networks.mapping import check_heads, prepare_embeddings
@@ -136,6 +135,14 @@ class ClipCapModel(nn.Module):
         "Context in which CLIP and the mapping network multiply as precisely as GPT-2; their weights stay float32."
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
+    def _apply(self, fn, recurse=True):
+        "Move or convert weights, as `to`, `double` and others do. Raises `ValueError` for half precision."
+        if (dtype := fn(torch.zeros(1)).dtype) in (torch.float16, torch.bfloat16):
+            raise ValueError(f"ClipCapModel can't be converted to {str(dtype)}; choose its precision in load_run or Config: precision='bfloat16'")
+        super()._apply(fn, recurse)
+        if self.clip is not None: self.clip.float()  # its normalization layers compute in nothing else
+        return self
+
     def train(self, mode: bool = True):
         "Put the mapping network alone into training mode; CLIP and GPT-2, tuned or not, never use dropout."
         super().train(mode)
@@ -145,7 +152,7 @@ class ClipCapModel(nn.Module):
 
     def prefix(self, embedding: torch.Tensor) -> torch.Tensor:
         "Map embeddings of I images, (I, clip_dim) or (I, T, clip_dim), to prefixes (I, prefix_length, d)."
-        with self.autocast(): return self.mapping_network(embedding)
+        with self.autocast(): return self.mapping_network(embedding.to(next(self.mapping_network.parameters()).dtype))
 
     def forward(self, embedding: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         "Compute `caption_losses` of the images' captions; further arguments are its."
@@ -239,16 +246,28 @@ def ids_to_text(
     return [" ".join(text.split()) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
+def _check_search(temperature=0., **numbers):
+    "Raise `ValueError` for a number of beams or tokens, or a temperature, that is not possible."
+    for name, value in numbers.items():
+        if not hasattr(value, "__index__") or value < 1: raise ValueError(f"{name}={value!r:.40} must be a whole number, 1 or more")
+    if not temperature >= 0: raise ValueError(f"temperature={temperature} must be 0 or more")
+
+
 def generate_from_embeddings(
-    embeddings: torch.Tensor,  # (B, clip_dim) or (B, T, clip_dim)
+    embeddings,  # (B, clip_dim) or (B, T, clip_dim): a tensor, an array, or several (clip_dim,)
     model: ClipCapModel,  # any
     max_length: int = 40,  # largest number of new tokens, special ones included
     num_beams: int = 5,  # 1: greedy
     temperature: float = 0.,  # as in `generate_ids`
     **options,  # as in `generate_ids`
 ) -> list[str]:  # B captions, or B*R
-    "Caption images that are given by their embeddings."
-    if not len(embeddings): return []
+    "Caption images that are given by their embeddings. Raises `ValueError` naming what is not possible."
+    _check_search(temperature, max_length=max_length, num_beams=num_beams)
+    rows = [torch.as_tensor(row) for row in embeddings]
+    if not rows: return []
+    embeddings = torch.stack(rows)
+    if embeddings.ndim < 2: raise ValueError(f"embeddings have the shape {tuple(embeddings.shape)}; give (B, clip_dim): one is embedding[None]")
+    if not torch.isfinite(embeddings).all(): raise ValueError("embeddings hold NaN or infinity; encode the photos again")
     return ids_to_text(model.tokenizer, generate_ids(embeddings, model, max_length, num_beams, temperature, **options))
 
 
@@ -265,12 +284,12 @@ def plain_writer(
 def caption_images(
     model: ClipCapModel,  # trained
     embeddings: Embeddings,  # has every image of `names`
-    names: list[str],  # images to caption
+    names: Iterable[str],  # images to caption
     config: Config,  # its `eval_batch_size`, and how captions are written
     write=None,  # another way to write: embeddings of B images -> B captions
 ) -> dict[str, str]:  # image -> caption, in the order of `names`
     "Caption images that are given by name."
-    captions, write = {}, write or plain_writer(model, config)
+    names, captions, write = [names] if isinstance(names, str) else list(names), {}, write or plain_writer(model, config)
     for start in tqdm(range(0, len(names), config.eval_batch_size), desc="captioning", unit="batch"):
         batch = names[start:start + config.eval_batch_size]
         captions.update(zip(batch, write(embeddings.stack(batch))))
@@ -278,26 +297,24 @@ def caption_images(
 
 # %% ../nbs/02_model.ipynb #3be09ab2
 def generate_caption_batch(
-    image_batch,  # (B, 3, H, W) preprocessed images, or a list of paths or PIL images
+    image_batch,  # photos, as `preprocess_photos` takes them: paths, PIL images, bytes, pixels, preprocessed (B, 3, H, W), …
     model: ClipCapModel,  # with its `clip`
     max_length: int = 40,  # largest number of new tokens, special ones included
     num_beams: int = 5,  # 1: greedy
 ) -> list[str]:  # B captions, in order
-    "Caption several images. Raises `ValueError` for a model without CLIP."
+    "Caption several images. Raises `ValueError` for a model without CLIP, and as `preprocess_photos` does."
+    _check_search(max_length=max_length, num_beams=num_beams)
     if model.clip is None:
         raise ValueError("this model has no CLIP: it was trained on embeddings from a file; "
                          "caption with generate_from_embeddings, from the same encoder's embeddings")
-    if not len(image_batch): return []
-    if not torch.is_tensor(image_batch):
-        image_batch = torch.stack([
-            model.preprocess(upright(i) if isinstance(i, Image.Image) else read_photo(i))
-            for i in image_batch])
-    with model.autocast(): embeddings = encode_images(model.clip, image_batch, model.features)
+    images = preprocess_photos(image_batch, model.preprocess)
+    if not len(images): return []
+    with model.autocast(): embeddings = encode_images(model.clip, images, model.features)
     return generate_from_embeddings(embeddings, model, max_length, num_beams)
 
 
 def generate_caption(
-    image_path: str | Path,  # photo in any format that Pillow reads
+    image_path,  # one photo: a path, a PIL image, the bytes of a file, pixels
     model: ClipCapModel,  # with its `clip`
     max_length: int = 40,  # largest number of new tokens, special ones included
     num_beams: int = 5,  # 1: greedy

@@ -214,7 +214,8 @@ def test_shards_begun_with_a_length_penalty_are_not_continued_without(outputs, u
     write_shards(make, units[:1], out)
     before = state(out)
     run.update(config=run.manifest["config"] | {"length_penalty": 1.})
-    with pytest.raises(ValueError, match="00000.jsonl was made with length_penalty=0.2, and now it is 1.0; use the same settings"): write_shards(make, units, out)
+    with pytest.raises(ValueError, match="00000.jsonl was made with length_penalty=0.2, and now it is 1.0; use the same settings"):
+        write_shards(make, units, out)
     assert changed(out, before) == [] and len(state(out)) == 1
 
 

@@ -192,6 +192,5 @@ def test_settings_that_a_store_cannot_follow_are_named(tmp_path, outputs, settin
     with fails(f"{[*setting][0]}="): prepare_store(run, make_config("mini", data_root=str(make_store(tmp_path/"store").path), **setting))
 
 
-@pytest.mark.xfail(strict=True, reason="kind 7: reasonable calls of the API")
 def test_unknown_way_of_sampling_captions_is_named(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="caption_sampling='al' is unknown; choose one of"): StoreDataset(make_store(tmp_path), "train", tokenizer, caption_sampling="al")

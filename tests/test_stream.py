@@ -241,7 +241,8 @@ def test_captions_ranked_by_other_training_captions_are_not_continued(small, tmp
         small.update(config=config, stages={"01_data": {"config": config, "data_hash": data_hash}})
         return caption_settings(small)
     begin_captions(tmp_path/"captions.jsonl", settings("a"*64, rerank="mbr"))
-    with pytest.raises(ValueError, match="data_hash='aaaaaaaaaaaa', and now it is 'bbbbbbbbbbbb'"): begin_captions(tmp_path/"captions.jsonl", settings("b"*64, rerank="mbr"))
+    with pytest.raises(ValueError, match="data_hash='aaaaaaaaaaaa', and now it is 'bbbbbbbbbbbb'"):
+        begin_captions(tmp_path/"captions.jsonl", settings("b"*64, rerank="mbr"))
     assert settings("a"*64) == settings("b"*64)
 
 

@@ -53,7 +53,7 @@ def read_ahead(
 # %% ../../nbs/decoding/stream.ipynb #a04ccc12
 def caption_stream(
     model: ClipCapModel,  # with its `clip`, as `load_run` gives it
-    photos: Iterable,  # paths, or what `read` takes; any number, taken a batch at a time
+    photos: Iterable,  # paths, or what `read` takes; any number, taken a batch at a time; or a single path
     batch_size: int = 32,  # photos captioned at once
     max_length: int = 40,  # new tokens at most, special ones counted
     num_beams: int = 5,  # 1: greedy
@@ -63,6 +63,7 @@ def caption_stream(
     "Caption photos as they come, in constant memory. Raises `ValueError` for a model without CLIP."
     generate_caption_batch([], model, max_length, num_beams)  # raises `ValueError` before any photo is read
     write = write or partial(generate_from_embeddings, model=model, max_length=max_length, num_beams=num_beams)
+    if isinstance(photos, (str, os.PathLike)): photos = [photos]
     def preprocess(path): return model.preprocess(read(path))  # (3, H, W)
     def write_batch(images):
         with model.autocast(): embeddings = encode_images(model.clip, images, model.features)
@@ -176,7 +177,7 @@ def load_captioner(
 
 # %% ../../nbs/decoding/stream.ipynb #84a8bc8d
 def caption_files(
-    photos: Iterable,  # paths, or what `read` takes; a list gets a progress bar with an end
+    photos: Iterable,  # paths, or what `read` takes; a list gets a progress bar with an end; or a single path
     run: str = "demo",  # name of a trained run
     out: str | Path | None = None,  # captions file, perhaps begun; None: standard output
     epoch: int | str | None = None,  # checkpoint: number, "best", or None: as the run's `checkpoint` says
@@ -188,6 +189,7 @@ def caption_files(
     read: Callable = read_photo,  # path -> image
 ) -> dict[str, int]:  # photos `captioned` and `unreadable` by this call, and those `done` before
     "Caption photos into JSON Lines, each image once. Raises `ValueError` as its parts do."
+    if isinstance(photos, (str, os.PathLike)): photos = [photos]
     settings, captions_of = load_captioner(run, epoch, num_beams, batch_size, device, precision, read)
     done = begin_captions(out, settings, restart) if out else set()
     counts = {"captioned": 0, "unreadable": 0, "done": len(done)}

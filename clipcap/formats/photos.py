@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['PHOTO_FORMATS', 'MOST_PIXELS', 'MOST_ASPECT', 'PHOTO_SUFFIXES', 'upright', 'read_photo', 'is_photo', 'other_photos',
-           'warn_of_others']
+           'warn_of_others', 'list_photos', 'preprocess_photos']
 
 # %% ../../nbs/formats/photos.ipynb #26b2e5c7
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 # %% ../../nbs/formats/photos.ipynb #9b313300
@@ -50,15 +52,16 @@ def _formats():
 
 
 def read_photo(
-    path: str | Path | BinaryIO,  # what Pillow opens
+    path: str | Path | bytes | BinaryIO,  # a file, or the content of one
     name: str | None = None,  # for the message; None: the path
 ) -> Image.Image:  # RGB, upright
     "Read a photo completely. Raises `OSError` naming a file that is missing, damaged, or too large or long to be one."
+    if isinstance(path, (bytes, bytearray)): path, name = BytesIO(path), f"{name} ({len(path):,} bytes)" if name else f"{len(path):,} bytes"
     try:
         with Image.open(path, formats=_formats()) as image: return upright(image)
     except FileNotFoundError: raise
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise OSError(f"{name or path} can't be read as a photo ({error}); replace it, or leave it out") from None
+        raise OSError(f"{str(name or path)[:300]} can't be read as a photo ({error!s:.300}); replace it, or leave it out") from None
 
 # %% ../../nbs/formats/photos.ipynb #1ddcac2f
 PHOTO_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .gif .bmp .tif .tiff .pbm .pgm .ppm .pnm .jp2 .j2k .j2c .jpc .jpf .jpx .avif .avifs".split())
@@ -92,3 +95,66 @@ def warn_of_others(
 ):
     "Warn of photos of kinds that are not read."
     for what, number in other_photos(paths).items(): warnings.warn(f"{where}: {number} {what}; convert them to JPEG or PNG")
+
+# %% ../../nbs/formats/photos.ipynb #e513cbda
+_FORMS = "a path, a PIL image, the bytes of a file, uint8 pixels (H, W, 3) or (3, H, W), or what model.preprocess returns"
+
+
+def list_photos(
+    photos,  # one photo; or several in any iterable with an order, or in an array or a tensor
+) -> list:  # of photos, each as `preprocess_photos` takes it
+    "List photos; one photo becomes a list of one. Raises `TypeError` for what holds no photos."
+    if isinstance(photos, (str, bytes, bytearray, Image.Image)) or hasattr(photos, "__fspath__") or hasattr(photos, "read"): return [photos]
+    if isinstance(photos, (np.ndarray, torch.Tensor)) and photos.ndim in (2, 3): return [photos]
+    if isinstance(photos, (dict, set, frozenset)) or not isinstance(photos, Iterable):
+        raise TypeError(f"expected photos, found {photos!r:.80} ({type(photos).__name__}); give {_FORMS}, or a list of them")
+    return list(photos)
+
+
+def _picture(pixels, name):
+    "Return uint8 pixels as an image."
+    first, last = (pixels.ndim == 3 and pixels.shape[axis] in (1, 3, 4) for axis in (0, -1))
+    if pixels.ndim != 2 and first == last: raise ValueError(f"{name} has the shape {pixels.shape}; give uint8 pixels (H, W), (H, W, 3) or (3, H, W)")
+    if first: pixels = np.moveaxis(pixels, 0, 2)
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels)
+
+
+def _preprocessed(image, name, shape):
+    "Return an image in float32. Raises `ValueError` for one that `preprocess` can't have made."
+    if not image.is_floating_point(): raise ValueError(f"{name} holds numbers of type {str(image.dtype).removeprefix('torch.')}; pixels must be uint8")
+    if image.shape != shape: raise ValueError(f"{name} has the shape {tuple(image.shape)}, and model.preprocess gives {tuple(shape)}; give {_FORMS}")
+    if not torch.isfinite(image).all(): raise ValueError(f"{name} holds NaN or infinity; give {_FORMS}")
+    return image.float().cpu()
+
+
+def _refuse_pixels(images):
+    "Raise `ValueError` naming an image, given as preprocessed, that has the values of plain pixels. One of several may be of one light grey."
+    like_pixels = [name for name, image in images.items() if image.min() >= 0 and not 1 < image.max() < 10]
+    textured = [name for name in like_pixels if (images[name] != images[name][:, :1, :1]).any()]
+    for name in textured or like_pixels*(len(like_pixels) == len(images)):
+        raise ValueError(f"{name} has values from {images[name].min():.2f} to {images[name].max():.2f}, as pixels that are not preprocessed; "
+                         "give the photo itself (its path, a PIL image, uint8 pixels), or model.preprocess of it")
+
+# %% ../../nbs/formats/photos.ipynb #038e3884
+def _prepare(photo, name, preprocess, shape):
+    "Read and preprocess a photo of any form; return the image, and whether it was preprocessed already."
+    if isinstance(photo, np.ndarray) and photo.dtype != np.uint8: photo = torch.tensor(np.ascontiguousarray(photo))
+    if torch.is_tensor(photo):
+        if photo.dtype != torch.uint8: return _preprocessed(photo.detach(), name, shape), True
+        photo = photo.cpu().numpy()
+    if isinstance(photo, np.ndarray): photo = _picture(photo, name)
+    if isinstance(photo, Image.Image): return preprocess(upright(photo)), False
+    if isinstance(photo, (bytes, bytearray)) or hasattr(photo, "read"): return preprocess(read_photo(photo, name)), False
+    if isinstance(photo, str) or hasattr(photo, "__fspath__"): return preprocess(read_photo(photo)), False
+    raise TypeError(f"expected a photo, found {photo!r:.80} ({type(photo).__name__}) as {name}; give {_FORMS}")
+
+
+def preprocess_photos(
+    photos,  # as in `list_photos`
+    preprocess: Callable,  # CLIP's: image -> (3, H, W)
+) -> torch.Tensor:  # (B, 3, H, W) float32
+    "Read and preprocess photos of any form; those that are preprocessed are checked. Raises `ValueError`, `TypeError` or `OSError` naming the photo."
+    shape = preprocess(Image.new("RGB", (8, 8))).shape
+    found = {(name := f"photos[{number}]"): _prepare(photo, name, preprocess, shape) for number, photo in enumerate(list_photos(photos))}
+    _refuse_pixels({name: image for name, (image, given) in found.items() if given})
+    return torch.stack([image for image, _ in found.values()]) if found else torch.zeros(0, *shape)

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from ..core import Config, Run
+from ..core import FIELDS, Config, Run
 from .embeddings import data_hash, write_embeddings
 from .readers import SPLITS, Reader
 from .store import EmbeddingStore, Ragged, read_ragged, read_tensors, shard_hashes
@@ -235,7 +235,9 @@ class StoreDataset:
         block: int = 64,  # neighbouring rows that are read together
         window: int = 256,  # blocks that are shuffled together
     ):
-        "Raises `ValueError` where no image of the split has a caption."
+        "Raises `ValueError` where no image of the split has a caption, or for an unknown `caption_sampling`."
+        choices = FIELDS["caption_sampling"]["choices"]
+        if caption_sampling not in choices: raise ValueError(f"caption_sampling={caption_sampling!r} is unknown; choose one of {choices}")
         self.store, self.split, self.tokenizer, self.max_length = store, list(SPLITS).index(part), tokenizer, max_length
         self.caption_sampling, self.seed, self.block, self.window = caption_sampling, seed, block, window
         key = tokenizer_key(tokenizer)
