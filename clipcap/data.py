@@ -183,7 +183,7 @@ def _read_batch(photos, names, preprocess):
         else: good.append(name)
     return images, good, bad
 
-
+# %% ../nbs/01_data.ipynb #c1daa6a5
 def _known_photos(folder, source):
     "Find photos that some cache holds, by this encoder, preprocess and place: (name, stamp) -> its file, and row there."
     found = {}

@@ -23,12 +23,17 @@ def gpt2_path(
     return name
 
 
+_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tokenizer_config.json")  # of a tokenizer
+
+
 def load_tokenizer(
     name: str = "gpt2",  # as in `gpt2_path`
 ):  # tokenizer with `<|startoftext|>`, `<|endoftext|>` and `[PAD]`
     "Load GPT-2's tokenizer with the reference recipe's special tokens. Raises `ValueError` for a bad name."
     from transformers import AutoTokenizer, GPT2TokenizerFast
     path = gpt2_path(name)
+    if Path(path).is_dir() and not any(Path(path, file).is_file() for file in _FILES):  # transformers would ask for other packages
+        raise ValueError(f"gpt2_model={name!r}: {path} holds none of {', '.join(_FILES)}; save the model's tokenizer there: tokenizer.save_pretrained(FOLDER)")
     bare = Path(path, "vocab.json").is_file() and not Path(path, "tokenizer.json").is_file()
     kind = GPT2TokenizerFast if bare else AutoTokenizer  # bare: as OpenAI published it
     try: tokenizer = kind.from_pretrained(path, trust_remote_code=False)

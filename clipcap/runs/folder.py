@@ -102,7 +102,7 @@ def _check_manifest(path, value):
             raise ValueError(f"{path}: {name} is a {type(part).__name__}, and must be an object; put the file right, or delete it to start "
                              "the run anew")
 
-
+# %% ../../nbs/runs/folder.ipynb #b689663f
 class RunFolder:
     "The folder `outputs/<name>/` of one run, and its manifest `run.json`."
 
