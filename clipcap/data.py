@@ -29,6 +29,7 @@ from tqdm import tqdm
 from .core import ENCODERS, Config, Run, check_earlier, pick_device, registered
 from .formats.download import download, unpack
 from .formats.embeddings import Embeddings, data_hash, read_metadata, write_embeddings
+from .formats.origin import source_hashes
 from .formats.photos import read_photo
 from .formats.readers import (SPLITS, Photos, as_photos, check_official, find_layout, find_source, random_split,
                                      read_table)
@@ -359,6 +360,7 @@ def prepare_data(
     table = _add_subsets(table, source)
     with atomic_path(run.path/"captions_table.csv") as temporary:
         table.to_csv(temporary, index=False)
+    notes |= source_hashes(source, [] if config.embeddings else table.image.unique())
     return {**notes, "encoder": known.encoder, "embedding_dim": known.dim,
             "images": table.groupby("split").image.nunique().to_dict(), "captions": len(table),
             "data_hash": data_hash(run.path/"captions_table.csv", known)}
