@@ -30,6 +30,7 @@ from .core import ENCODERS, FIELDS, Config, Run, check_earlier, pick_device, reg
 from .formats.clip_files import load_clip_file
 from .formats.download import download, unpack
 from .formats.embeddings import Embeddings, data_hash, read_metadata, write_embeddings
+from .formats.origin import source_hashes
 from .formats.photos import read_photo
 from .formats.readers import (SPLITS, Photos, as_photos, check_official, find_layout, find_source, random_split,
                                      read_table)
@@ -390,6 +391,7 @@ def prepare_data(
     with atomic_path(run.path/"captions_table.csv") as temporary:
         table.to_csv(temporary, index=False)
     for what, number in notes["left_out"].items(): print(f"left out: {number} {what}")
+    notes |= source_hashes(source, [] if config.embeddings else table.image.unique())
     return {**notes, "encoder": known.encoder, "embedding_dim": known.dim,
             "images": table.groupby("split").image.nunique().to_dict(), "captions": len(table),
             "data_hash": data_hash(run.path/"captions_table.csv", known)}

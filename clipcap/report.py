@@ -27,6 +27,7 @@ from tqdm import tqdm
 from .attention import read_relevance
 from .core import Config, Run
 from .data import Data, load_data
+from .decoding.recorded import check_recorded, clip_encoder, other_code
 from .evaluate import read_captions_json, read_scores
 from .reporting.card import label, number
 from .runs.checkpoints import read_metrics
@@ -326,7 +327,7 @@ def report_html(
         **summary_content(found["written"], found["controls"]),
         "run": run.name, "split": split, "absent": absent, "method": about["method"],
         "subtitle": f"{split} split: {len(names)} images, {sum(map(len, data.references(split).values()))} references. "
-                    + (f"Evaluated {entry['finished'][:10]}." if "finished" in entry else ""),
+                    + (f"Evaluated {entry['finished'][:10]}." if "finished" in entry else "") + (f" Note: {note}." if (note := other_code(run)) else ""),
         "curves": [Markup(svg) for svg in curves_svg(metrics)] if len(metrics) else [],
         "kinds": kinds, "with_errors": len(of_image), "sorts": columns.pop("sorts"), "parts": sorted(set(parts)),
         "cards": cards, "sizes": sorted({(card["width"], card["height"]) for card in cards}), "figures": figures_content(run, split),
@@ -342,7 +343,9 @@ def make_report(
     split: str = "test",  # that was captioned
     descriptions: dict[str, str] | None = None,  # kind of error -> what it is, in a sentence
 ) -> Path:  # `report.html` in the run folder
-    "Write the report of a run, atomically. Raises `FileNotFoundError` as `report_html` does."
+    "Write the report of a run, atomically. Raises `FileNotFoundError` as `report_html` does, `ValueError` as `check_recorded`."
+    trained = run.config("03_train")
+    check_recorded(run, trained, clip_encoder(run, trained))
     page = report_html(run, load_data(run, config), split, descriptions)
     with atomic_path(run.path/"report.html") as temporary: temporary.write_text(page, "utf-8")
     return run.path/"report.html"

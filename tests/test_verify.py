@@ -174,7 +174,7 @@ def test_data_and_embeddings_are_checked(copy, tmp_path):
 
 @pytest.mark.parametrize("recorded, here, agrees", [("mini@1", "mini@1", True), ("mini@0", "mini@1", False), ("mini@1", None, None), (None, "mini@1", None)])
 def test_clip_is_checked_where_it_is_here(recorded, here, agrees):
-    run = SimpleNamespace(stage_entry=lambda stage: {"encoder": recorded} if recorded and stage == "01_data" else {})
+    run = SimpleNamespace(stage_entry=lambda stage: {"encoder": recorded} if recorded and stage == "01_data" else {}, manifest={}, path=None)
     assert [row["agrees"] for row in check_inputs(run, Config(clip_model="mini"), OSError("gone"), here) if row["what"] == "CLIP"] == [agrees]
     assert (clip_is_here("mini"), clip_is_here("ViT-Z/1")) == (True, False)
 

@@ -6,13 +6,16 @@
 __all__ = ['save_weights', 'load_weights', 'load_run', 'load_ensemble']
 
 # %% ../../nbs/decoding/load.ipynb #7eae7a66
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..core import Run
+from ..core import Run, pick_device
+from ..data import load_clip
+from .recorded import check_recorded, other_code
 from ..formats.embeddings import Embeddings
 from ..model import ClipCapModel, load_model, trained_weights
 from ..runs.checkpoints import checkpoint_paths, load_checkpoint, save_checkpoint
@@ -52,19 +55,36 @@ def load_run(
     device: str = "auto",  # where to compute
     precision: str | None = None,  # "float32", "bfloat16", "auto"; None: the run's own
 ) -> ClipCapModel:  # in evaluation mode; with CLIP, unless the run used given embeddings
-    "Load a trained model from its run folder. Raises `ValueError` for a run that is not trained."
+    """Load a trained model from its run folder; warn where other code trained it.
+
+    Raises `ValueError` for a run that is not trained, and where CLIP, language model, data or settings are not those it was trained with."""
     run = Run(name)
     if not run.manifest: raise ValueError(f"there is no run {name!r} in {run.path.parent}")
     paths = checkpoint_paths(run, epoch)
-    config = replace(run.config("03_train"), device=device)  # the settings may be newer
-    if precision == "bfloat16" and config.gpt2_tuning != "none":
-        raise ValueError(f"run {name!r} was trained with gpt2_tuning={config.gpt2_tuning!r}, and its GPT-2 computes in float32; leave out "
+    trained = run.config("03_train")
+    if precision == "bfloat16" and trained.gpt2_tuning != "none":
+        raise ValueError(f"run {name!r} was trained with gpt2_tuning={trained.gpt2_tuning!r}, and its GPT-2 computes in float32; leave out "
                          "precision='bfloat16', or give 'float32'")
-    if precision: config = replace(config, precision=precision)
-    clip_dim = Embeddings(resolve_path(config.embeddings)).dim if config.embeddings else None
-    model = load_model(config, clip_dim)
+    config = replace(trained, device=device, precision=precision or trained.precision)
+    clip, preprocess, encoder = (None, None, None) if config.embeddings else _load_clip(run, config)
+    dim = Embeddings(resolve_path(config.embeddings)).dim if config.embeddings else clip.visual.output_dim if clip else run.stage_entry("01_data")["embedding_dim"]
+    model = load_model(config, dim)
+    check_recorded(run, trained, encoder)
+    if note := other_code(run, trained): warnings.warn(note)
+    model.clip, model.preprocess = clip, preprocess
     load_weights(model, paths)
     return model.eval()
+
+
+def _load_clip(run, config):
+    "Load the CLIP of a run; none where it is not the one that made the store that the run was trained on."
+    clip, preprocess, encoder = load_clip(config.clip_model, pick_device(config.device))
+    data = run.stage_entry("01_data")
+    made_by = data.get("encoder", encoder).removesuffix(" grid")
+    if "store" not in data or made_by.rpartition("@")[2] == encoder.rpartition("@")[2]: return clip, preprocess, None if "store" in data else encoder
+    warnings.warn(f"the embeddings in {data['store']} were made by {made_by!r}, and clip_model={config.clip_model!r} is {encoder!r}: the model of run "
+                  f"{run.name!r} has no CLIP, and captions embeddings alone; name the CLIP that made them: clip_model=FILE")
+    return None, None, None
 
 # %% ../../nbs/decoding/load.ipynb #0abb9134
 def load_ensemble(

@@ -24,12 +24,12 @@ from tqdm import tqdm
 from ..core import Config, Run, seed_everything
 from ..data import FlickrDataset, load_data
 from ..decoding.load import load_run
+from ..decoding.recorded import check_recorded, complete_recipe, recipe_changes
 from ..model import ClipCapModel, generate_ids, ids_to_text
 from ..optim.schedules import Average
 from ..runs.checkpoints import best_epoch, read_metrics
 from ..scoring.tokenization import tokenize
-from ..train import (finish_epoch, forget_later, recipe_changes, resume, trained_so_far, validation_cider,
-                           validation_loss)
+from ..train import finish_epoch, forget_later, resume, trained_so_far, validation_cider, validation_loss
 
 # %% ../../nbs/finetune/scst.ipynb #18b0b998
 class _TrainingScorer(CiderScorer):
@@ -207,7 +207,8 @@ def _prepare(run, config, epoch, restart):
     if before and (restart is True or restart and (
             done > config.scst_epochs or recipe_changes(before["recipe"], recipe))):
         forget_later(run.path, trained["epoch"])
-    return begin, recipe
+        before = None
+    return begin, complete_recipe(recipe, before, config, "clipcap.finetune.scst", config.epochs)
 
 
 def scst_run(
@@ -217,8 +218,10 @@ def scst_run(
     restart: bool | str = False,  # True: begin anew; "if changed": only if the recipe has changed
 ) -> pd.DataFrame:  # one row per epoch; none where `scst_epochs` is 0
     "Train a run for CIDEr, or resume that. Raises `ValueError` where it was done by another recipe."
+    if config.scst_epochs: check_recorded(run, config)
     begin, recipe = _prepare(run, config, epoch, restart)
     if not config.scst_epochs: return pd.DataFrame()
+    run.update(tuned_with={"trained_by_code": recipe["trained_by_code"]})
     data, model = load_data(run, config), load_run(run.name, begin, config.device, config.precision)
     train_set, val_set = (FlickrDataset(data.split(part), data.embeddings, model.tokenizer, config.max_length, "all", config.seed)
                           for part in ("train", "val"))

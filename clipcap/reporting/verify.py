@@ -4,30 +4,31 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'TIMES', 'OWN', 'LEFT_OUT', 'check', 'find_run', 'finished', 'check_files', 'check_manifest',
-           'clip_is_here', 'check_inputs', 'check_environment', 'check_training', 'same_number', 'first_difference',
-           'check_scores', 'check_images', 'check_protocol', 'verify', 'verdict', 'comparable', 'compare_runs']
+           'check_inputs', 'check_environment', 'check_training', 'same_number', 'first_difference', 'check_scores',
+           'check_images', 'check_protocol', 'verify', 'verdict', 'comparable', 'compare_runs']
 
 # %% ../../nbs/reporting/verify.ipynb #f7a7fb51
 import hashlib
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 from ..core import Config, Run
 from ..data import Data, load_clip, load_data
+from ..decoding.recorded import DATA, clip_is_here, data_hashes, origin_hashes, other_code, recipe_changes, recorded_recipe
 from ..evaluate import nan_to_none, read_captions_json, read_scores, score_split, subset_scores
-from ..formats.embeddings import data_hash
-from ..model import gpt2_hash
+from ..model import gpt2_hashes
 from ..runs.checkpoints import read_metrics
 from ..runs.files import hash_file, resolve_path
 from ..runs.folder import SEAL, environment, seal
 from ..scoring.clipscore import CLIP_COLUMNS, text_encoder
 from ..scoring.diversity import diversity
 from ..scoring.metrics import intervals
-from ..train import recipe_changes, trained_so_far
+from ..train import trained_so_far
 
 # %% ../../nbs/reporting/verify.ipynb #1b96591d
 def check(
@@ -92,45 +93,50 @@ def check_manifest(
     try: state = trained_so_far(run.path)
     except Exception as error: state, _ = None, rows.append(check("manifest", "recipe in checkpoints/last.pt", "readable", f"{type(error).__name__}: {error}", False))
     if state and "03_train" in done:
-        known = {**done["03_train"]["config"], "data_hash": run.stage_entry("01_data").get("data_hash"), "encoder": run.stage_entry("01_data").get("encoder")}
+        known = {**run.manifest.get("trained_with", {}), **done["03_train"]["config"], **{k: v for k, v in run.stage_entry("01_data").items() if k in DATA}}
         changes = recipe_changes(state["recipe"], {name: known[name] for name in state["recipe"] if name in known})
         rows.append(check("manifest", "recipe in checkpoints/last.pt", "; ".join(changes) or "as in run.json", "as in run.json"))
         rows.append(check("manifest", "epochs in checkpoints/last.pt", done["03_train"].get("epochs", state["epoch"]), state["epoch"]))
     return rows
 
 # %% ../../nbs/reporting/verify.ipynb #358b2b5c
-def clip_is_here(
-    name: str,  # a `clip_model`
-) -> bool:  # False: it would have to be downloaded
-    "Return whether the weights of a CLIP are on this machine."
-    if name == "mini" or resolve_path(name).is_file(): return True
-    import clip
-    return name in clip.clip._MODELS and (Path("~/.cache/clip").expanduser()/clip.clip._MODELS[name].rsplit("/")[-1]).is_file()
-
-
 def check_inputs(
     run: Run,  # any
     config: Config,  # of the run
     data: Data | Exception,  # of the run, or why it can't be read
     encoder: str | None,  # name and hash of the CLIP that is here
 ) -> list[dict]:  # rows, see `check`
-    "Check the hashes of data, CLIP and GPT-2."
-    entry, trained = run.stage_entry("01_data"), run.stage_entry("03_train")
+    "Check the hashes of data, CLIP, language model and code."
+    entry, recipe = run.stage_entry("01_data"), recorded_recipe(run)
     def held(what, recorded, compute):
         if recorded is None: return check("inputs", what, "none: recorded before hashes were kept", "", None)
         try: return check("inputs", what, recorded, compute())
         except (OSError, ValueError) as error: return check("inputs", what, recorded, f"not computed: {error}", None)
-    def of_data(compute):
+    def of_data(key):
         if isinstance(data, Exception): raise OSError(f"{type(data).__name__}: {data}")
-        if "store" in entry: raise OSError("a store is not read through")
-        return compute()
+        found = data_hashes(run, config)
+        if "store" in entry and key == "data_hash" and found[key] == entry[key]: raise OSError("a store is not read through; its index agrees")
+        return found[key]
     def of_clip():
         if not encoder: raise OSError(f"{config.clip_model} is not on this machine")
-        return encoder
-    return [held("data_hash", entry.get("data_hash"), lambda: of_data(lambda: data_hash(run.path/"captions_table.csv", data.embeddings))),
-            held("encoder of the embeddings", entry.get("encoder"), lambda: of_data(lambda: data.embeddings.encoder)),
-            *([] if config.embeddings else [held("CLIP", entry.get("encoder"), of_clip)]),
-            *([held("GPT-2", trained.get("gpt2"), lambda: gpt2_hash(config.gpt2_model))] if trained else [])]
+        return encoder + " grid"*(config.features == "grid")
+    def of_origin(key):
+        if key not in (found := origin_hashes(run, config)): raise OSError("its files are not on this machine")
+        return found[key]
+    rows = [held(what, entry.get(key), partial(of_data, key)) for what, key in (("data_hash", "data_hash"), ("encoder of the embeddings", "encoder"))]
+    if "store" not in entry:
+        if not config.embeddings: rows.append(held("CLIP", entry.get("encoder"), of_clip))
+        rows += [held(key, entry.get(key), partial(of_origin, key)) for key in ("captions_hash", "photos_hash") if key in entry or "captions_hash" not in entry]
+    if not run.stage_entry("03_train"): return rows
+    parts = {"GPT-2": "gpt2", "gpt2_config": "gpt2_config", "tokenizer": "tokenizer"}
+    return [*rows, *(held(what, recipe.get(key), lambda key=key: gpt2_hashes(config.gpt2_model)[key]) for what, key in parts.items()), _check_code(run, recipe)]
+
+
+def _check_code(run, recipe):
+    "Make the row about the code that trained a run: other code is a note."
+    what, present = "code that trained", "the present code"
+    if "trained_by_code" not in recipe: return check("inputs", what, "none: recorded before hashes were kept", "", None)
+    return check("inputs", what, present, note := other_code(run) or present, True if note == present else None)
 
 # %% ../../nbs/reporting/verify.ipynb #9f4f5acb
 def check_environment(
