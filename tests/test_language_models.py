@@ -226,6 +226,14 @@ def test_any_change_of_the_head_or_of_attention_is_noticed(seed, save, tokenizer
     assert "padded" in (warned(folder, tokenizer) or "")
 
 
+def test_loading_draws_nothing_and_needs_no_gradients_switched_on(tokenizer):
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    with torch.no_grad(): gpt2 = load_gpt2("mini", tokenizer, 1)
+    assert torch.rand(3).equal(wanted) and gpt2.packed_up_to == float("inf") and not any(p.grad is not None for p in gpt2.parameters())
+
+
 # --- folders that lack something
 
 def damaged(tmp_path, change, **settings):

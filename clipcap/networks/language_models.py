@@ -149,6 +149,7 @@ def _succeeds(attempt, *args):
     except Exception: return False
 
 # %% ../../nbs/networks/language_models.ipynb #2e9d8d3b
+@torch.enable_grad()
 def choose_loss(
     gpt2: nn.Module,  # causal LM, frozen, in evaluation mode; prepared in place
 ) -> str:  # "packed" or "padded"
