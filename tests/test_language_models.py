@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, BertConfig, BertForMaskedLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from clipcap.attention import record_attention
 from clipcap.model import ClipCapModel, caption_losses, generate_from_embeddings, generate_ids, load_gpt2
 from clipcap.networks import packing
 from clipcap.networks.language_models import tiny_language_model
@@ -137,6 +138,13 @@ def test_other_architectures_are_padded_with_a_note_and_equal_to_the_library(cas
     assert str(folder) in note and json.loads((folder/"config.json").read_text())["architectures"][0] in note
 
 
+@pytest.mark.parametrize("kind, recorded", [("gpt2", True), ("cohere", True), ("granite", True), ("gptj", False)])
+def test_attention_stays_fused_where_that_is_right_so_that_it_can_be_explained(kind, recorded, save, tokenizer):
+    gpt2 = load_gpt2(str(save(kind, **{"logits_scaling": 4.} if kind == "granite" else {})), tokenizer, 0)
+    with record_attention() as weights: our_losses(gpt2, *draw(gpt2.get_input_embeddings().weight, 50))
+    assert (len(weights) > 0) == recorded
+
+
 @pytest.mark.numerics
 @pytest.mark.parametrize("case", WINDOWED, ids=name)
 def test_attention_of_a_window_shorter_than_the_captions_is_the_librarys(case, save, tokenizer): compare(save(case[0], **case[1]), tokenizer)
@@ -218,6 +226,14 @@ def test_any_change_of_the_head_or_of_attention_is_noticed(seed, save, tokenizer
     assert "padded" in (warned(folder, tokenizer) or "")
 
 
+def test_loading_draws_nothing_and_needs_no_gradients_switched_on(tokenizer):
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    with torch.no_grad(): gpt2 = load_gpt2("mini", tokenizer, 1)
+    assert torch.rand(3).equal(wanted) and gpt2.packed_up_to == float("inf") and not any(p.grad is not None for p in gpt2.parameters())
+
+
 # --- folders that lack something
 
 def damaged(tmp_path, change, **settings):
@@ -263,6 +279,27 @@ def test_weights_without_a_head_that_is_tied_are_whole_and_those_without_any_ten
         others = {k: v for k, v in weights.items() if k != key}
         damaged(tmp_path, lambda _: others | {"left out": {}, "renamed": {f"{key}_": weights[key]}, "cut": {key: weights[key][1:].clone()}}[change])
         with pytest.raises(ValueError, match=f"(?s)damaged'.*{key}"): load_gpt2(str(tmp_path/"damaged"), tokenizer, 1)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_layout_of_gpt2_on_the_hub_is_whole(file, tmp_path, tokenizer):
+    "Names without the head's prefix, and the masks that older versions stored."
+    folder = damaged(tmp_path, lambda weights: {k.removeprefix("transformer."): v for k, v in weights.items() if k != "lm_head.weight"} | {
+        f"h.{layer}.attn.{name}": torch.ones(shape) for layer in (0, 1) for name, shape in (("bias", (1, 1, 128, 128)), ("masked_bias", ()))})
+    if file == "pytorch_model.bin":
+        torch.save(load_file(folder/"model.safetensors"), folder/file)
+        (folder/"model.safetensors").unlink()
+    found, wanted = (load_gpt2(name, tokenizer, 1).state_dict() for name in (str(folder), "mini"))
+    assert found.keys() == wanted.keys() and all(found[key].equal(wanted[key]) for key in wanted)
+
+
+def test_pickle_with_code_is_not_opened_and_no_advice_to_open_it_is_passed_on(tmp_path, tokenizer):
+    folder = damaged(tmp_path, lambda weights: None)
+    torch.save({"x": random.Random(0)}, folder/"pytorch_model.bin")
+    (folder/"model.safetensors").unlink()
+    with pytest.raises(ValueError, match="damaged' can't be loaded as a causal language model .*pickle.*pass a folder with model.safetensors") as error:
+        load_gpt2(str(folder), tokenizer, 1)
+    assert "weights_only" not in str(error.value)
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, 0.5, 0.99])

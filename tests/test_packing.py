@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.activations import NewGELUActivation
 
 from clipcap.networks import packing
-from clipcap.networks.packing import OneTokenMemoryLayer, first_fit, fuse_gelu, has_bf16, hidden_states, pack, pack_attention, pick_dtype, token_losses
+from clipcap.networks.packing import OneTokenMemoryLayer, first_fit, fuse_gelu, has_bf16, hidden_states, pack, pack_attention, packed_attention, pick_dtype, token_losses
 
 LENGTHS, IMAGE_OF = [4, 3, 5], [0, 0, 1]  # P P a b c d e, P P f g h i
 
@@ -59,6 +59,12 @@ def test_every_slot_is_read_as_if_its_caption_were_alone(config, dtype, toleranc
     for c, (image, length) in enumerate(zip(IMAGE_OF, LENGTHS)):
         alone = model.base_model(inputs_embeds=torch.cat([prefixes[image], words[c, :length - 1]])[None])[0][0]
         assert_close(together[packed.predictor[c, :length]], alone[1:], tolerance)
+
+
+@pytest.mark.parametrize("option", ["softcap", "s_aux"])
+def test_options_that_fused_attention_would_leave_out_are_named(option):
+    x = draw(1, 2, 3, 4)
+    with pytest.raises(ValueError, match=f"fused attention computes no {option}"): packed_attention(nn.Module(), x, x, x, None, **{option: 1.})
 
 
 @pytest.mark.numerics

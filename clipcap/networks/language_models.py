@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['last_logits', 'caption_losses', 'continue_prefix', 'choose_loss', 'load_gpt2', 'tiny_language_model']
 
-# %% ../../nbs/networks/language_models.ipynb #c3bf1435
+# %% ../../nbs/networks/language_models.ipynb #8f508fb4
 import inspect
 import math
 import re
@@ -21,7 +21,7 @@ from ..core import seed_everything
 from ..formats.tokenizer import gpt2_path
 from .packing import fuse_gelu, hidden_states, pack, pack_attention, token_losses
 
-# %% ../../nbs/networks/language_models.ipynb #4a8ce314
+# %% ../../nbs/networks/language_models.ipynb #09f3170f
 def last_logits(
     gpt2: nn.Module,  # causal LM
     vectors: torch.Tensor,  # (B, T, d)
@@ -66,7 +66,7 @@ def caption_losses(
     losses = (_packed_losses if packs else _padded_losses)(gpt2, prefix, input_ids, tokens, images, label_smoothing)
     return torch.zeros_like(tokens, dtype=losses.dtype).masked_scatter(tokens, losses).sum(1)
 
-# %% ../../nbs/networks/language_models.ipynb #913dfc22
+# %% ../../nbs/networks/language_models.ipynb #e031d2c7
 def continue_prefix(
     gpt2: nn.Module,  # from `load_gpt2`
     prefix: torch.Tensor,  # (B, P, d)
@@ -92,7 +92,7 @@ def _prefix_cache(gpt2, prefix, rows):
     cache.batch_repeat_interleave(rows)
     return cache
 
-# %% ../../nbs/networks/language_models.ipynb #2b2bf22f
+# %% ../../nbs/networks/language_models.ipynb #91d601b2
 _LIMITS = 2.5e-5, 2.5e-4  # largest relative difference of a loss, and of its gradient
 
 
@@ -130,8 +130,10 @@ def _looks_ahead(gpt2, prefix, ids):
 def _reads_packed(gpt2, trial, wanted):
     "Prepare a model for packed batches; whether the losses are the same."
     pack_attention(fuse_gelu(gpt2))
-    ways = [_packed_losses] if gpt2.packed_up_to == math.inf else [_packed_losses, _padded_losses]  # padded: captions that no window holds
-    return all(_difference(_with_gradient(way, gpt2, *trial), wanted) <= 1 for way in ways)
+    return _agrees(gpt2, _packed_losses, trial, wanted) and (gpt2.packed_up_to == math.inf or _agrees(gpt2, _padded_losses, trial, wanted))
+
+
+def _agrees(gpt2, losses, trial, wanted): return _difference(_with_gradient(losses, gpt2, *trial), wanted) <= 1
 
 
 def _writes_what_it_predicts(gpt2, prefix):
@@ -147,7 +149,8 @@ def _succeeds(attempt, *args):
     try: return attempt(*args)
     except Exception: return False
 
-# %% ../../nbs/networks/language_models.ipynb #8168feb8
+# %% ../../nbs/networks/language_models.ipynb #2e9d8d3b
+@torch.enable_grad()
 def choose_loss(
     gpt2: nn.Module,  # causal LM, frozen, in evaluation mode; prepared in place
 ) -> str:  # "packed" or "padded"
@@ -159,8 +162,9 @@ def choose_loss(
     gpt2.packed_up_to = _window(gpt2.config.get_text_config())  # positions
     if not _succeeds(_reads_packed, gpt2, trial, wanted):
         gpt2.packed_up_to = 0
-        gpt2.set_attn_implementation("eager")
-        if _difference(_with_gradient(_padded_losses, gpt2, *trial), wanted) > 1: raise ValueError("its captions have other losses in a batch than alone")
+        if not (gpt2._supports_sdpa and _succeeds(_agrees, gpt2, _padded_losses, trial, wanted)):  # fused attention
+            gpt2.set_attn_implementation("eager")
+            if not _agrees(gpt2, _padded_losses, trial, wanted): raise ValueError("its captions have other losses in a batch than alone")
     gpt2.shares_prefix = True
     if not _succeeds(_writes_what_it_predicts, gpt2, prefix):
         gpt2.shares_prefix = False
@@ -173,7 +177,7 @@ def _window(config):
     sizes = [value for name, value in config.to_dict().items() if re.search("(sliding_window|window_size|chunk_size)$", name) and type(value) is int and value]
     return min(sizes, default=math.inf)
 
-# %% ../../nbs/networks/language_models.ipynb #d4cc9ef3
+# %% ../../nbs/networks/language_models.ipynb #3d8214e8
 _BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$|position_ids$")  # constants that older versions stored
 
 
@@ -226,7 +230,7 @@ def _load_whole(name):
                         "pass a folder whose weights are those of its config.json")
     return gpt2
 
-# %% ../../nbs/networks/language_models.ipynb #4aa80327
+# %% ../../nbs/networks/language_models.ipynb #d83c0f57
 _SIZES = {  # value: names of settings that get it, where a configuration has them
     64: "hidden_size n_embd d_model dim embed_dim",
     96: "intermediate_size ffn_dim n_inner d_ff d_inner ffn_hidden_size encoder_ffn_dim decoder_ffn_dim",
