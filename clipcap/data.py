@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import textwrap
 import warnings
 from collections.abc import Callable
@@ -390,7 +391,7 @@ def prepare_data(
     table = _add_subsets(table, source)
     with atomic_path(run.path/"captions_table.csv") as temporary:
         table.to_csv(temporary, index=False)
-    for what, number in notes["left_out"].items(): print(f"left out: {number} {what}")
+    for what, number in notes["left_out"].items(): print(f"left out: {number} {what}", file=sys.stderr)
     notes |= source_hashes(source, [] if config.embeddings else table.image.unique())
     return {**notes, "encoder": known.encoder, "embedding_dim": known.dim,
             "images": table.groupby("split").image.nunique().to_dict(), "captions": len(table),

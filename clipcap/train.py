@@ -346,7 +346,7 @@ def _note_cut(run, max_length, **sets):
     "Record in `run.json`, and print, how many captions are longer than `max_length`."
     counted = {part: dict(zip(("cut", "of"), dataset.count_cut())) for part, dataset in sets.items()}
     for part, n in counted.items():
-        if n["cut"]: print(f"{n['cut']} of {n['of']} captions of {part} are longer than {max_length=} tokens and are cut")
+        if n["cut"]: print(f"{n['cut']} of {n['of']} captions of {part} are longer than {max_length=} tokens and are cut", file=sys.stderr)
     if "started" in run.stage_entry("03_train"): run.update_stage("03_train", captions_cut=counted)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from data_files import fails, read_files, tar_bytes, write
+from data_files import fails, photo_bytes, read_files, tar_bytes, write
 from PIL import Image
 from test_store import make_store
 
@@ -212,7 +212,7 @@ def test_a_run_records_and_prints_how_many_captions_are_cut(tiny, capsys, monkey
     with run.stage("03_train", config, ["01_data"]): train.train_run(run, config)
     counted, data = run.stage_entry("03_train")["captions_cut"], load_data(run, config)
     assert {part: n["of"] for part, n in counted.items()} == {part: len(data.split(part)) for part in ("train", "val")} and counted["train"]["cut"] > 0
-    assert f"{counted['train']['cut']} of {counted['train']['of']} captions of train are longer than max_length=6 tokens and are cut" in capsys.readouterr().out
+    assert f"{counted['train']['cut']} of {counted['train']['of']} captions of train are longer than max_length=6 tokens and are cut" in capsys.readouterr().err
 
 
 def test_reported_captions_end_in_whole_characters(shared):
@@ -248,7 +248,7 @@ def test_run_whose_name_papermill_took_for_a_number_is_named(run):
 
 # --- a store's sample
 
-def test_sample_of_a_store_has_only_rows_with_captions(tmp_path, outputs, monkeypatch):
+def test_sample_of_a_store_has_only_rows_with_captions(tmp_path, outputs, capsys):
     store = make_store(tmp_path/"store", 300, captions=lambda n: [f"photo {n}"]*(n % 4 == 0), split=lambda n: ("train", "val", "test")[n % 3])
     table = extract(EmbeddingStore(store.path), "train", tmp_path/"x.safetensors", limit=20)
     assert table.image.nunique() == 20 == len(Embeddings(tmp_path/"x.safetensors"))
@@ -256,6 +256,18 @@ def test_sample_of_a_store_has_only_rows_with_captions(tmp_path, outputs, monkey
     with run.stage("01_data", config) as notes: notes.update(prepare_data(run, config))
     entry = run.stage_entry("01_data")
     assert (entry["images"], entry["left_out"]) == ({"test": 25, "train": 25, "val": 25}, {"images without a caption": 225})
+    assert "left out: 225 images without a caption" in capsys.readouterr().err
+
+
+def test_what_a_reader_leaves_out_is_recorded_and_printed(tmp_path, outputs, capsys):
+    names = [f"{n}.jpg" for n in range(20)]
+    write(tmp_path, {**{name: photo_bytes(n) for n, name in enumerate(names)}, **{f"{n}.txt": f"photo {n}" for n in range(18)}, "x.heic": "", "y.txt": "nobody"})
+    write_embeddings(tmp_path/"e.safetensors", names, torch.zeros(20, 4), "made")
+    run, config = open_run("texts", "mini", data_root=str(tmp_path), embeddings=str(tmp_path/"e.safetensors"), split="random")
+    with run.stage("01_data", config) as notes: notes.update(prepare_data(run, config))
+    left_out, said = run.stage_entry("01_data")["left_out"], capsys.readouterr().err
+    assert left_out == {"images without a caption": 2, "captions without a photo": 1, "photos of kinds that are not read (.heic)": 1}
+    for what, number in left_out.items(): assert f"left out: {number} {what}" in said
 
 
 # --- names

@@ -9,6 +9,7 @@ __all__ = ['STORE', 'Order', 'shuffle_quality', 'tokenizer_key', 'tokens_file', 
 # %% ../../nbs/formats/store_dataset.ipynb #facffc44
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -365,7 +366,7 @@ def prepare_store(
     table = pd.concat([extract(store, part, run.path/f"sample/{part}.safetensors", sample) for part in SPLITS])
     bare = sum(int((_captions_per_row(store, shard) == 0).sum()) for shard in range(len(store.shards)))
     with atomic_path(run.path/"captions_table.csv") as temporary: table.to_csv(temporary, index=False)
-    if bare: print(f"left out: {bare} images without a caption")
+    if bare: print(f"left out: {bare} images without a caption", file=sys.stderr)
     return {"format": "store", "store": config.data_root, "rows": len(store), "embeddings": f"{run.name}/sample",
             "left_out": {"images without a caption": bare} if bare else {},
             "encoder": store.encoder, "embedding_dim": store.dim, "captions": len(table),

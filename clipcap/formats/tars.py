@@ -136,50 +136,58 @@ class Tars:
         return file_stamp(path) if path else None
 
 # %% ../../nbs/formats/tars.ipynb #f47392cf
-def _shard_files(shard, left_out):
-    "Return the files of a shard: name -> content of those with text, None for others."
-    if shard.is_dir(): return {path.name: path.read_bytes() if _has_text(path.name) else None for path in sorted(shard.iterdir()) if path.name[0] != "."}
-    files = {}
-    for name, _, content in _tar_members(shard):
-        if name in files: left_out["members whose name stands again later"] += 1
-        if not PurePosixPath(name).name.startswith("."): files[name] = content
-    return files
+def _shard_files(shard):
+    "Yield the name of each file of a shard, and the content of those with text."
+    if shard.is_dir():
+        for path in sorted(shard.iterdir()): yield path.name, path.read_bytes() if _has_text(path.name) else None
+    else:
+        for name, _, content in _tar_members(shard): yield name, content
 
 
-def _read_text(shard, name, txt, json_text):
-    "Return caption and metadata of a sample, from its `.txt` and `.json`."
+def _parse(name, content):
+    "Return caption and URL in a .txt or .json, or the error that reading it raised; the rest of a JSON may be large."
     try:
-        caption = None if txt is None else txt.decode()
-        metadata = {} if json_text is None else json.loads(json_text)
-        if not isinstance(metadata, dict): raise ValueError("no object")
-    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{shard}: {name} has a damaged .txt or .json ({error}); "
-                         "have the shard made again") from None
-    return metadata.get("caption") if caption is None else caption, metadata
+        if name.lower().endswith(".txt"): return {"caption": content.decode()}
+        found = json.loads(content)
+        if not isinstance(found, dict): raise ValueError("no object")
+        return {key: found[key] for key in ("caption", "url") if key in found}
+    except (ValueError, RecursionError) as error: return error  # not UTF-8, or not JSON
 
 
+def _key(name): return re.match(r"(?:.*/)?[^.]*", name)[0]  # WebDataset's: up to the first dot
+
+
+def _read_shard(shard, left_out):
+    "Return what a shard holds: name of a sample -> its photos; name -> its texts by suffix. Counts the rest."
+    names, photos, texts = set(), {}, {}
+    for file, content in _shard_files(shard):
+        if PurePosixPath(file).name.startswith("."): continue
+        if file in names: left_out["members whose name stands again later"] += 1
+        elif is_photo(file): photos.setdefault(os.path.splitext(file)[0], []).append(file)
+        names.add(file)
+        if _has_text(file): texts.setdefault(os.path.splitext(file)[0], {})[file[file.rindex("."):].lower()] = _parse(file, content)
+    left_out.update(other_photos(names))
+    return photos, texts
+
+# %% ../../nbs/formats/tars.ipynb #de536a4a
 def _samples(shard, left_out):
-    "Yield of each sample of a shard: its name, the name of its photo, its caption or None, its metadata."
-    files = _shard_files(shard, left_out)
-    photos, texts = {}, {}  # name of a sample -> its photos, or its texts by suffix
-    for file in files:
-        name, suffix = os.path.splitext(file)
-        if is_photo(file): photos.setdefault(name, []).append(file)
-        elif _has_text(file): texts.setdefault(name, {})[suffix.lower()] = files[file]
-    used = set()
+    "Yield of each sample of a shard: its name, the name of its photo, its caption or None, its URL or None."
+    (photos, texts), used = _read_shard(shard, left_out), set()
     for name, found in photos.items():
-        found.sort(key=lambda file: _FIRST.index(suffix) if (suffix := os.path.splitext(file)[1].lower()) in _FIRST else len(_FIRST))
-        key = name if name in texts else re.match(r"(?:.*/)?[^.]*", name)[0]
+        found.sort(key=lambda file: _FIRST.index(suffix) if (suffix := file[file.rindex("."):].lower()) in _FIRST else len(_FIRST))
+        key = name if name in texts else _key(name)
         extra = key != name and (key in photos or key in used)  # the sample has its photo
         if left := len(found) - 1 + extra: left_out["further photos of a sample"] += left
         if extra: continue
         used.add(key)
-        of_key = texts.get(key, {})
-        yield name, found[0], *_read_text(shard, name, of_key.get(".txt"), of_key.get(".json"))
-    bare = [name for name, parts in texts.items() if name not in used and re.match(r"(?:.*/)?[^.]*", name)[0] not in photos
-            and _read_text(shard, name, parts.get(".txt"), parts.get(".json"))[0] is not None]
+        parts = texts.get(key, {})
+        for error in parts.values():
+            if isinstance(error, Exception): raise ValueError(f"{shard}: {name} has a damaged .txt or .json ({error}); have the shard made again")
+        metadata = parts.get(".json", {})
+        yield name, found[0], parts.get(".txt", metadata).get("caption"), metadata.get("url")
+    bare = [name for name, parts in texts.items() if name not in used and _key(name) not in photos
+            and any(isinstance(part, dict) and part.get("caption") is not None for part in parts.values())]
     if bare: left_out["captions without a photo"] += len(bare)
-    left_out.update(other_photos(files))
 
 # %% ../../nbs/formats/tars.ipynb #c7c8aac8
 def _captions_by_url(tables):
@@ -223,8 +231,8 @@ def _shard_rows(root, shards, table, left_out):
     for shard in tqdm(shards, "reading shards", unit="shard"):
         place = shard.relative_to(root).with_suffix("")
         part = split_of(str(place))
-        for name, photo, caption, metadata in _samples(shard, left_out):
-            image, url = (place/photo).as_posix(), metadata.get("url") if isinstance(metadata.get("url"), str) else None
+        for name, photo, caption, url in _samples(shard, left_out):
+            image, url = (place/photo).as_posix(), url if isinstance(url, str) else None
             first = taken.setdefault((part, url or image), image)
             if first != image: left_out["photos fetched twice"] += 1
             if caption is not None and not table:
