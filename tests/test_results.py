@@ -252,6 +252,14 @@ def test_ids_that_could_name_two_images_are_refused(captions, references):
         with pytest.raises(ValueError, match="could be"): meet(own, people)
 
 
+def test_listed_ids_decide_and_must_name_one_image():
+    from clipcap.formats.results import meet
+    assert meet(["1", "01"], ["x.jpg", "y.jpg"], {"1": "x.jpg", "01": "y.jpg"}) == {"1": "x.jpg", "01": "y.jpg"}
+    assert meet(["2", "x.jpg"], ["x.jpg", "2.jpg"], {"2": "z.jpg"}) == {"x.jpg": "x.jpg"}  # an image of the list without references, not 2.jpg
+    for captions in (["1.0"], ["1", "x.jpg"]):
+        with pytest.raises(ValueError, match="could be"): meet(captions, ["x.jpg", "y.jpg"], {"1": "x.jpg", "01": "y.jpg"})
+
+
 @pytest.mark.parametrize("captions, references, pairs", [
     (["/r/cat/1.jpg", "/r/dog/1.jpg"], ["cat/1.jpg", "dog/1.jpg"], {"/r/cat/1.jpg": "cat/1.jpg", "/r/dog/1.jpg": "dog/1.jpg"}),
     (["/r/cat/1.jpg", "/r/bird/1.jpg"], ["cat/1.jpg", "dog/1.jpg"], {"/r/cat/1.jpg": "cat/1.jpg"}),

@@ -6,7 +6,7 @@
 __all__ = ['WRAPPERS', 'FORMS', 'columns_of', 'read_value', 'unwrap', 'kind_of', 'json_rows', 'text_rows', 'note',
            'read_hypotheses', 'read_references', 'parts_of', 'meet', 'match']
 
-# %% ../../nbs/formats/results.ipynb #774d05bb
+# %% ../../nbs/formats/results.ipynb #7d0512f9
 import csv
 import json
 import re
@@ -21,7 +21,7 @@ from .lists import caption_list
 from .readers import Reader, Source, _token_rows, caption_rows, find_source, read_table
 from .tables import LONGEST_CAPTION, find_columns, read_lines, read_text
 
-# %% ../../nbs/formats/results.ipynb #f38c3e6a
+# %% ../../nbs/formats/results.ipynb #e39e3d25
 WRAPPERS = ("annotations", "predictions", "results", "captions", "outputs", "data")  # keys under which captions are nested
 FORMS = ('expected captions as a list of image_id and caption (COCO\'s results), {image_id: caption}, {image_id: [{"caption": caption}]}, '
          "JSON Lines or CSV with image and caption")
@@ -68,7 +68,7 @@ def unwrap(
         value = value[found[0]]
     return value
 
-# %% ../../nbs/formats/results.ipynb #80c0dd31
+# %% ../../nbs/formats/results.ipynb #7b2704df
 def kind_of(
     value,  # of JSON
 ) -> str:  # for a message
@@ -95,7 +95,7 @@ def json_rows(
         found = [row[column] for column in captions]
         yield "" if row[key] is None else str(row[key]), found[0] if len(found) == 1 else [text for text in found if text] or None
 
-# %% ../../nbs/formats/results.ipynb #78af19c5
+# %% ../../nbs/formats/results.ipynb #124717a9
 _PHOTO = re.compile(r"(.+)\.(jpe?g|jfif|jpe|png|webp|gif|bmp|tiff?|avif|hei[cf]|jp2|ppm)", re.IGNORECASE)
 
 
@@ -112,7 +112,7 @@ def text_rows(
     elif {"raw", "split", "filename"} <= {*next(csv.reader([first]), [])}: yield from (row[:2] for row in _annotation_rows(path))
     else: yield from caption_rows(path)
 
-# %% ../../nbs/formats/results.ipynb #9e7d1a7e
+# %% ../../nbs/formats/results.ipynb #8da31be6
 def note(
     notes: dict[str, int],  # gets what was odd, and how often
     ids: Iterable[str],  # of images
@@ -159,7 +159,7 @@ def read_hypotheses(
     note(notes, again, "images with several captions, the first is scored")
     return found
 
-# %% ../../nbs/formats/results.ipynb #a1e87830
+# %% ../../nbs/formats/results.ipynb #fe423a9c
 def _all_captions(value):
     "List captions, without objects around them."
     values = value if isinstance(value, list) else [value]
@@ -197,7 +197,7 @@ def read_references(
         warnings.warn(f"references: {what}: {count}")
     return table.groupby("image", sort=False).caption.agg(list).to_dict(), names
 
-# %% ../../nbs/formats/results.ipynb #fabce9fe
+# %% ../../nbs/formats/results.ipynb #36873eed
 _NUMBER = re.compile(r"(?:COCO_(?:train|val|test)[0-9]{4}_(?=[0-9]{12}$))?0*([0-9]+)(?:\.0+)?")
 
 
@@ -230,7 +230,7 @@ def _ambiguous(captions, references):
     "Make the error for ids that could be of several images."
     return ValueError(f"captions of {_shown(captions)} could be of {_shown(references)}: ids that name two images; write ids the same way in both files")
 
-# %% ../../nbs/formats/results.ipynb #3873510d
+# %% ../../nbs/formats/results.ipynb #3b4ee06d
 def _meet_in_group(own, people, pairs, met):
     "Match ids of one name that are left over; `own` and `people`: id -> parts, of all ids of this name."
     left, free = [c for c in own if c not in pairs], [r for r in people if r not in met]
@@ -257,11 +257,14 @@ def meet(
     captions, references = dict.fromkeys(captions), dict.fromkeys(references)
     pairs, listed = {c: c for c in captions if c in references}, {}
     if len(pairs) == len(captions) or len(pairs) == len(references): return pairs
-    for other, image in (names or {}).items(): listed.setdefault(parts_of(other)[1], image)
+    names = names or {}
+    for other, image in names.items(): listed.setdefault(parts_of(other)[1], set()).add(image)
     left = {}
     for c in captions:
-        numbered = c not in pairs and (c in (names or {}) or re.fullmatch(r"[0-9]+(\.0+)?", c))
-        image = listed.get(parts_of(c)[1]) if numbered else None
+        numbered = c not in pairs and re.fullmatch(r"[0-9]+(\.0+)?", c)
+        images = {names[c]} if c in names and c not in pairs else listed.get(parts_of(c)[1]) if numbered else None
+        if images and len(images) > 1: raise _ambiguous([c], sorted(images))
+        image = min(images) if images else None
         if image is None: left[c] = parts_of(c)
         elif image in references: pairs[c] = image
     met = {*pairs.values()}
@@ -274,7 +277,7 @@ def meet(
     for own, people in groups.values(): pairs.update(_meet_in_group(own, people, pairs, met))
     return {c: pairs[c] for c in captions if c in pairs}
 
-# %% ../../nbs/formats/results.ipynb #3b81aa41
+# %% ../../nbs/formats/results.ipynb #a31f1095
 def match(
     captions: dict[str, str],  # image id -> caption
     references: dict[str, list[str]],  # image id -> what people wrote

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SCALED', 'RANDOM', 'TUNED', 'EVERYTHING', 'ABLATION', 'COLUMNS', 'change_text', 'fill_names', 'grid', 'random_search',
            'run_name', 'training_key', 'branch_run', 'run_recipe', 'result_row', 'baseline_rows', 'Job', 'read_results',
-           'write_results', 'group_jobs', 'sweep', 'interval', 'summarize', 'preset_evidence', 'plot_ablation',
-           'plot_interaction']
+           'write_results', 'group_jobs', 'sweep', 't_quantile', 'interval', 'summarize', 'preset_evidence',
+           'plot_ablation', 'plot_interaction']
 
 # %% ../../nbs/studies/ablation.ipynb #39057030
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -296,7 +297,21 @@ def sweep(
     return pd.DataFrame(rows, columns=COLUMNS), failed
 
 # %% ../../nbs/studies/ablation.ipynb #32683c4d
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # 97.5% of Student's t
+def t_quantile(
+    freedom: int,  # degrees of freedom, at least 1
+    level: float = 0.95,  # probability
+) -> float:  # 12.706 for 1, 2.228 for 10, 1.960 for very many
+    "Compute how far from 0 Student's t stays with this probability."
+    odd = freedom % 2
+
+    def inside(angle):  # the probability, by the finite series for whole degrees of freedom; t = tan(angle)*sqrt(freedom)
+        total, term = 0., math.cos(angle) if odd else 1.
+        for k in range(2 + odd, freedom + 1, 2): total, term = total + term, term*(k - 1)/k*math.cos(angle)**2
+        return 2/math.pi*(angle + math.sin(angle)*total) if odd else math.sin(angle)*total
+
+    low, high = 0., math.pi/2
+    for _ in range(60): low, high = (middle, high) if inside(middle := (low + high)/2) < level else (low, middle)
+    return math.tan(low)*math.sqrt(freedom)
 
 
 def interval(
@@ -305,7 +320,7 @@ def interval(
     "Compute the mean and its 95% interval by Student's t."
     values = np.asarray(values, float)
     if len(values) < 2: return float(values.mean()), np.nan, np.nan
-    half = _T.get(len(values) - 1, 2.26)*values.std(ddof=1)/np.sqrt(len(values))
+    half = t_quantile(len(values) - 1)*values.std(ddof=1)/np.sqrt(len(values))
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
