@@ -143,7 +143,8 @@ def encode_images(
     images: torch.Tensor,  # (B, 3, H, W), preprocessed
     features: str = "embedding",  # as in `image_features`
 ) -> torch.Tensor:  # (B, D) or (B, T, D), float32 on the CPU, not normalised
-    "Encode a batch of images without gradients."
+    "Encode a batch of images without gradients. Raises `ValueError` for pixels that are not preprocessed: whole numbers."
+    if not images.is_floating_point(): raise ValueError(f"images hold {images.dtype}: encode what CLIP's preprocess returns, such as preprocess(photo)[None]")
     device = next(clip_model.parameters()).device
     return image_features(clip_model, images.to(device), features).float().cpu()
 

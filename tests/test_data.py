@@ -82,6 +82,12 @@ def test_half_precision_state_dict_loads_as_float32(tmp_path):
     assert encode_grid(loaded, picture).shape == (2, 4, 32)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_pixels_are_not_encoded_as_they_are(clip_mini, dtype):
+    for encode in (encode_images, encode_grid):
+        with pytest.raises(ValueError, match=f"images hold {dtype}: encode what CLIP's preprocess returns"): encode(clip_mini[0], torch.ones(1, 3, 64, 64, dtype=dtype))
+
+
 def test_file_that_is_no_clip_is_named(tmp_path):
     torch.save({"something": torch.zeros(2)}, tmp_path/"else.pt")
     with pytest.raises(ValueError, match="else.pt' is not a CLIP that can be read: .*has no entry 'visual.conv1.weight', but 'something'"): load_clip(str(tmp_path/"else.pt"))
