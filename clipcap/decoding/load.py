@@ -67,8 +67,8 @@ def load_run(
                          "precision='bfloat16', or give 'float32'")
     config = replace(trained, device=device, precision=precision or trained.precision)
     clip, preprocess, encoder = (None, None, None) if config.embeddings else _load_clip(run, config)
-    dim = Embeddings(resolve_path(config.embeddings)).dim if config.embeddings else clip.visual.output_dim if clip else run.stage_entry("01_data")["embedding_dim"]
-    model = load_model(config, dim)
+    given = Embeddings(resolve_path(config.embeddings)).dim if config.embeddings else run.stage_entry("01_data").get("embedding_dim")
+    model = load_model(config, clip.visual.output_dim if clip else given)
     check_recorded(run, trained, encoder)
     if note := other_code(run, trained): warnings.warn(note)
     model.clip, model.preprocess = clip, preprocess
@@ -80,7 +80,7 @@ def _load_clip(run, config):
     "Load the CLIP of a run; none where it is not the one that made the store that the run was trained on."
     clip, preprocess, encoder = load_clip(config.clip_model, pick_device(config.device))
     data = run.stage_entry("01_data")
-    made_by = data.get("encoder", encoder).removesuffix(" grid")
+    made_by = str(data.get("encoder", encoder)).removesuffix(" grid")
     if "store" not in data or made_by.rpartition("@")[2] == encoder.rpartition("@")[2]: return clip, preprocess, None if "store" in data else encoder
     warnings.warn(f"the embeddings in {data['store']} were made by {made_by!r}, and clip_model={config.clip_model!r} is {encoder!r}: the model of run "
                   f"{run.name!r} has no CLIP, and captions embeddings alone; name the CLIP that made them: clip_model=FILE")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATA', 'origin_hashes', 'data_hashes', 'clip_is_here', 'clip_encoder', 'input_hashes', 'training_recipe',
            'recipe_changes', 'recorded_recipe', 'check_prepared', 'check_recorded', 'training_code', 'extend_history',
-           'complete_recipe', 'other_code']
+           'code_history', 'complete_recipe', 'other_code']
 
 # %% ../../nbs/decoding/recorded.ipynb #0fa00495
 from contextlib import suppress
@@ -154,6 +154,16 @@ def extend_history(
     return history if history and history[-1][1] == code else [*history, [finished + 1, code]]
 
 # %% ../../nbs/decoding/recorded.ipynb #d8e1750b
+def code_history(
+    recipe: dict,  # from `run.json` or a checkpoint
+    where: str | Path,  # it stands, for the message
+) -> list:  # [[first epoch, its code], ...]; none where it was not recorded
+    "Return the code of each epoch. Raises `ValueError` where it is something else."
+    history = recipe.get("trained_by_code", [])
+    if isinstance(history, list) and all(isinstance(h, list) and [*map(type, h)] == [int, dict] for h in history): return history
+    raise ValueError(f"{where}: trained_by_code is {history!r:.80}; it must be a list of pairs, the first epoch and its code; begin anew: restart=True")
+
+
 def complete_recipe(
     recipe: dict,  # from `training_recipe`
     before: dict | None,  # from `trained_so_far`; None: training begins
@@ -163,7 +173,7 @@ def complete_recipe(
 ) -> dict:  # what to record
     "Add the code of each epoch to a recipe; leave out what was not recorded of the epochs before."
     saved = before["recipe"] if before else {}
-    history = saved.get("trained_by_code", [[earlier + 1, {}]]) if before else []
+    history = code_history(saved, "recipe of the checkpoint") or [[earlier + 1, {}]]*bool(before)
     kept = {key: value for key, value in recipe.items() if not before or key in saved or hasattr(Config, key)}
     return kept | {"trained_by_code": extend_history(history, before["epoch"] if before else earlier, training_code(config, module))}
 
@@ -175,7 +185,7 @@ def other_code(
     "Tell which epochs of a run were trained by code that is not the present one."
     parts, lines, manifest = [], read_metrics(run.path), run.manifest
     for part, module in (("trained_with", "clipcap.train"), ("tuned_with", "clipcap.finetune.scst")):
-        history = manifest.get(part, {}).get("trained_by_code", [])
+        history = code_history(manifest.get(part, {}), run.path/"run.json")
         last = max((m["epoch"] for m in lines if ("reward" in m) == (part == "tuned_with")), default=0)
         now = training_code(config or run.config("03_train"), module) if history and last else {}
         for (first, code), end in zip(history, [*(first - 1 for first, _ in history[1:]), last]):

@@ -94,7 +94,7 @@ def _check_manifest(path, value):
     "Raise `ValueError` where a `run.json` does not have our structure."
     def parts(of, *names): return [(name, of.get(name, {})) for name in names] if isinstance(of, dict) else []
     stages = value.get("stages", {}) if isinstance(value, dict) else {}
-    pairs = [("it", value), *parts(value, "config", "stages")]
+    pairs = [("it", value), *parts(value, "config", "stages", "trained_with", "tuned_with")]
     for stage, entry in stages.items() if isinstance(stages, dict) else ():
         pairs += [(f"stage {stage}", entry), *((f"{name} of {stage}", part) for name, part in parts(entry, "config", "made", "built_on", "packages", "hardware"))]
     for name, part in pairs:
