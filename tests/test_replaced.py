@@ -72,7 +72,9 @@ def folders(tmp_path_factory, scenes, scene_captions):
         (folder/"data/Images").mkdir(parents=True)
         for name in names: shutil.copy(scenes.photos/name, folder/"data/Images"/name)
         scene_captions[scene_captions.image.isin(names)].to_csv(folder/"data/captions.txt", index=False)
-        shutil.copy(asset_path("mini/clip.safetensors"), folder/"clip.safetensors")
+        weights = load_file(asset_path("mini/clip.safetensors"))
+        sizes = {"input_resolution": 64, "context_length": len(weights["positional_embedding"]), "vocab_size": len(weights["token_embedding.weight"])}
+        save_file(weights | {name: torch.tensor(size) for name, size in sizes.items()}, folder/"clip.safetensors")  # as OpenAI publishes it
         shutil.copytree(asset_path("mini/gpt2"), folder/"lm")
         rows = torch.randn(20, 128, generator=torch.Generator().manual_seed(0))
         if kind == "file": write_embeddings(folder/"seen.safetensors", names, rows, "one@1")
