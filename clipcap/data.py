@@ -265,14 +265,13 @@ class FlickrDataset(Dataset):
         caption_sampling: str = "random",  # "random": one per image and epoch; "all": each
         seed: int = 42,  # of the random draws
     ):
-        choices = FIELDS["caption_sampling"]["choices"]
-        if caption_sampling not in choices: raise ValueError(f"caption_sampling={caption_sampling!r} is unknown; choose one of {choices}")
+        if caption_sampling not in (choices := FIELDS["caption_sampling"]["choices"]):
+            raise ValueError(f"caption_sampling={caption_sampling!r} is unknown; choose one of {choices}")
         self.embeddings, self.tokenizer, self.seed, self.epoch = embeddings, tokenizer, seed, 0
         absent = [name for name in captions.image.unique() if name not in embeddings]
         if absent:
-            raise ValueError(f"{len(absent)} images have captions but no embedding in "
-                             f"{embeddings.path}: {', '.join(absent[:3])} …; encode them or leave "
-                             "them out of the table")
+            raise ValueError(f"{len(absent)} images have captions but no embedding in {embeddings.path}: "
+                             f"{', '.join(absent[:3])} …; encode them or leave them out of the table")
         self.references = captions.groupby("image", sort=True).caption.apply(list).to_dict()
         self.images = list(self.references)
         ids = token_ids(tokenizer, captions.caption.tolist())
