@@ -176,10 +176,13 @@ def test_other_settings_are_refused_before_anything_is_done(units, out):
     assert write_shards(HALF, units[:1], out, restart=True)["row"]["dtype"] == "float16" and [*state(out)] == ["00000.safetensors"]
 
 
+@pytest.fixture(scope="module")
+def model(): return varied_model()
+
+
 @pytest.fixture
-def quick(outputs, monkeypatch):
+def quick(outputs, model, monkeypatch):
     "A function that makes a writer of captions of the run `small` with these settings; it loads no model, and writes nothing but headers."
-    model = varied_model()
     save_run("small", model, (1, 2)), save_run("other", model)
     monkeypatch.setattr("clipcap.decoding.stream.load_ensemble", lambda *_: model)
     monkeypatch.setattr("clipcap.decoding.stream._writer", lambda *_: None)
