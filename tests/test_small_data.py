@@ -28,7 +28,7 @@ from clipcap.scoring.spice_files import SpiceFilesMissing
 ROAD = ["01_data", "02_model", "03_train", "04_evaluate", "05_error_analysis", "06_attention", "07_report"]
 WORDS = {
     "plain": "a the dog puppy field man woman children run runs sits red two on in of grass beach .".split(),
-    "odd": ["$x_$", r"\frac{", "{}", "%s", "<b>", "&amp;", "|||", "``", "''", '"', "=1+1", "-LRB-", "don't", "#1", "@me", "NaN", "null", "NA", "1e999",
+    "odd": ["$x_$", r"\frac{", "{}", "%s", "<b>", "&amp;", "|||", "``", "''", '"', "=1+1", "-LRB-", "don't", "#1", "@me", "N/A", "null", "NA", "1e999",
             "<|endoftext|>", "[PAD]", "_", "w"*70, "x,y", "a|b", "\ufffd", "\u200b", "\u202e"],
     "punctuation": list(".,;:!?-()'\"…/*`"), "emoji": ["🐶", "👩‍👧", "🏃🏽‍♀️", "🇫🇷", "❤️"],
     "scripts": ["собака", "бежит", "كلب", "יש", "σκύλος", "é", "ß", "개가"], "unspaced": list("犬が草の上を走る一只狗หมาวิ่ง")}
