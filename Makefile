@@ -136,7 +136,7 @@ verify: $(VENV)/installed
 	$(BIN)/clipcap verify $(RUN)
 
 faithful: $(VENV)/installed
-	$(BIN)/papermill nbs/interpret/faithful.ipynb outputs/faithful.ipynb -k python3 -p run "$(RUN)"
+	$(BIN)/papermill nbs/interpret/faithful.ipynb outputs/faithful.ipynb -k python3 -p run "$(RUN)" -p most 120
 
 SECONDS ?= 60
 TARGETS ?=

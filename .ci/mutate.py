@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {  # module -> its tests
-    "core": ["core", "runs"], "runs/files": ["runs"], "runs/folder": ["runs", "runs_old"], "runs/checkpoints": ["checkpoints", "train_resume"],
+    "core": ["core", "runs"], "runs/files": ["runs", "data"], "runs/folder": ["runs", "runs_old"], "runs/checkpoints": ["checkpoints", "train_resume"],
     "data": ["data"], "formats/embeddings": ["embeddings", "data"], "model": ["model", "generate", "literal"], "decoding/load": ["load"],
     "train": ["train", "train_resume"], "evaluate": ["evaluate"]}
 COLUMNS = ["module", "line", "fault", "before", "after", "noticed_by", "why", "explained"]
@@ -98,7 +99,8 @@ def project_copy(folder):
     "A project whose modules may be replaced; what is large is linked."
     shutil.copytree(ROOT/"clipcap", folder/"clipcap", ignore=shutil.ignore_patterns("__pycache__", "assets"))
     (folder/"clipcap/assets").symlink_to(ROOT/"clipcap/assets")
-    for name in ("tests", "nbs"): (folder/name).symlink_to(ROOT/name)
+    shutil.copytree(ROOT/"tests", folder/"tests", ignore=shutil.ignore_patterns("__pycache__"))  # a link would lead them back to these modules
+    (folder/"nbs").symlink_to(ROOT/"nbs")
     for name in ("settings.ini", "setup.py", "README.md"): shutil.copy(ROOT/name, folder/name)
     if (ROOT/"outputs/cache/spice").is_dir(): shutil.copytree(ROOT/"outputs/cache/spice", folder/"outputs/cache/spice")
 
@@ -110,12 +112,19 @@ def noticed(mutant, seconds):
         project.mkdir()
         project_copy(project)
         if (shared := ROOT.parent/"shared").is_dir(): (Path(folder)/"shared").symlink_to(shared.resolve())
-        if mutant: (project/f"clipcap/{mutant['module']}.py").write_text(mutant["code"], "utf-8")
+        (project/f"clipcap/{mutant['module']}.py").write_text(mutant["code"], "utf-8")
         for name in TESTS[mutant["module"]]:
             if not passes(project, [name], seconds, log):
                 why = re.findall(r"^E +(\S.*)", log.read_text(errors="replace"), re.M)
                 return {"noticed_by": name, "why": why[-1][:100] if why else "no answer, or the process ended"}
     return {"noticed_by": "", "why": ""}
+
+
+@cache
+def check_tests(module):
+    "Stop where a module's tests fail without a fault: then they would notice anything."
+    found = noticed({"module": module, "code": (ROOT/f"clipcap/{module}.py").read_text("utf-8")}, 600)
+    if found["noticed_by"]: raise SystemExit(f"tests/test_{found['noticed_by']}.py fails without a fault ({found['why']}); mend it first")
 
 
 def main():
@@ -138,6 +147,7 @@ def main():
         key = (mutant["module"], mutant["fault"], mutant["before"], mutant["after"])
         before = rows.get(key, {"noticed_by": "", "explained": ""})
         if key in rows and (not args.again or before["noticed_by"] + before["explained"]): continue
+        check_tests(mutant["module"])
         started = time.monotonic()
         rows[key] = {**before, **{c: v for c, v in mutant.items() if c != "code"}, **noticed(mutant, 300)}
         tqdm.write(f"{mutant['module']}:{mutant['line']} {rows[key]['noticed_by'] or 'NOT NOTICED'} {time.monotonic() - started:.0f} s")

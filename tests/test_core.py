@@ -24,6 +24,11 @@ DISABLED = dict(mapping_network="transformer", embedding_scaling="none", embeddi
 NO_EFFECT = {"data_root", "on_bad_image", "embeddings", "seed", "keep", "best_by", "eval_batch_size", "device", "precision",  # on what is learned
              "lora_rank", "gpt2_learning_rate", "scst_learning_rate", "scst_samples", "neighbours", "ridge", "diversity_penalty"}  # of what is disabled
 
+SMALLEST = {name: 0 for name in FIELDS if type(getattr(Config, name)) in (int, float)} | {"max_length": 3, "scst_samples": 2} | dict.fromkeys(
+    ("lora_rank", "prefix_length", "num_layers", "num_heads", "feedforward_dim", "epochs", "batch_size", "accumulate", "num_beams", "beam_groups",
+     "neighbours", "eval_batch_size"), 1)
+FRACTIONS = ("dropout", "embedding_dropout", "warmup", "label_smoothing", "ema")
+
 
 @pytest.mark.parametrize("changes, error, text", [
     (dict(num_beams=0), ValueError, "num_beams=0 is too small; it must be at least 1"),
@@ -44,6 +49,17 @@ NO_EFFECT = {"data_root", "on_bad_image", "embeddings", "seed", "keep", "best_by
 ])
 def test_impossible_settings_are_named(changes, error, text):
     with pytest.raises(error, match=re.escape(text)): Config(**changes)
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_numbers_have_a_smallest_value(name):
+    with pytest.raises(ValueError, match=f"{name}=.* is too small; it must be at least {SMALLEST[name]}"): Config(**{name: SMALLEST[name] - 1})
+
+
+@pytest.mark.parametrize("name", FRACTIONS)
+def test_fractions_are_below_1(name):
+    assert getattr(Config(**{name: 0.99}), name) == 0.99
+    with pytest.raises(ValueError, match="too large"): Config(**{name: 1})
 
 
 def test_an_integer_is_a_number(): assert Config(learning_rate=1).learning_rate == 1
