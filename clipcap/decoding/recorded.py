@@ -131,7 +131,9 @@ def check_recorded(
     encoder: str | None = None,  # as in `input_hashes`
 ):
     "Raise `ValueError` naming what is not what the run was trained with."
-    if changes := recipe_changes(recorded_recipe(run), training_recipe(run, config, encoder)):
+    recorded, now = recorded_recipe(run), training_recipe(run, config, encoder)
+    if "trained_with" not in run.manifest: now = {key: value for key, value in now.items() if key in recorded}
+    if changes := recipe_changes(recorded, now):
         raise ValueError(f"run {run.name!r} was trained with something else: {'; '.join(changes)}. Put back what was replaced, or train "
                          f"anew: python -m clipcap.train --run {run.name} --restart, or the pipeline (make run)")
 
