@@ -211,7 +211,9 @@ def _load_whole(name):
     try: gpt2, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False,
                                                            generation_config=GenerationConfig(), ignore_mismatched_sizes=True, output_loading_info=True)
     except UnpicklingError: refuse("its weights are a pickle with more in it than tensors, which is not opened", "pass a folder with model.safetensors")
-    except Exception as error: refuse(f"{error!s:.600}")
+    except Exception as error:
+        if "trust_remote_code" in str(error): refuse("it brings code of its own, which is not run", "pass a folder of an architecture that transformers has")
+        refuse(f"{error!s:.600}")
     unexpected = [key for key in info["unexpected_keys"] if not _BUFFERS.search(key)]
     other = [f"{key} {tuple(found)} for {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]]
     for keys, what in ((info["missing_keys"], "are missing"), (unexpected, "are unknown to it"), (other, "have another shape")):
