@@ -302,6 +302,13 @@ def test_pickle_with_code_is_not_opened_and_no_advice_to_open_it_is_passed_on(tm
     assert "weights_only" not in str(error.value)
 
 
+def test_code_of_a_folder_is_not_run_and_no_advice_to_run_it_is_passed_on(tmp_path, tokenizer):
+    auto = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+    folder = damaged(tmp_path, lambda weights: None, model_type="evil", auto_map=auto)
+    with pytest.raises(ValueError, match="damaged' can't be loaded as a causal language model .*code of its own") as error: load_gpt2(str(folder), tokenizer, 1)
+    assert "trust_remote_code" not in str(error.value)
+
+
 @pytest.mark.parametrize("size", [0, 5, 100, 0.5, 0.99])
 def test_truncated_weights_are_named(size, tmp_path, tokenizer):
     folder = damaged(tmp_path, lambda weights: None)

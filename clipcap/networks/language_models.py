@@ -222,7 +222,9 @@ def _load_whole(name):
     path = gpt2_path(name)
     try: gpt2, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False,
                                                            generation_config=GenerationConfig(), ignore_mismatched_sizes=True, output_loading_info=True)
-    except Exception as error: refuse(_why(error, path))
+    except Exception as error:
+        if "trust_remote_code" in str(error): refuse("it brings code of its own, which is not run", "pass a folder of an architecture that transformers has")
+        refuse(_why(error, path))
     unexpected = [key for key in info["unexpected_keys"] if not _BUFFERS.search(key)]
     other = [f"{key} {tuple(found)} for {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]]
     for keys, what in ((info["missing_keys"], "are missing"), (unexpected, "are unknown to it"), (other, "have another shape")):
