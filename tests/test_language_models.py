@@ -328,7 +328,7 @@ def test_models_of_another_task_are_named(make, tmp_path, tokenizer):
 
 # --- generation_config.json
 
-FOREIGN = {"min_length": 20, "min_new_tokens": 9, "length_penalty": 2., "suppress_tokens": [3, 4, 5, 6, 7], "begin_suppress_tokens": [11], "repetition_penalty": 1.9,
+FOREIGN = {"min_length": 20, "min_new_tokens": 9, "length_penalty": 2., "suppress_tokens": [3, 4, 5], "begin_suppress_tokens": [11], "repetition_penalty": 1.9,
            "no_repeat_ngram_size": 1, "max_new_tokens": 2, "max_length": 3, "num_beams": 4, "do_sample": True, "temperature": 2.5, "top_k": 3, "top_p": 0.2,
            "typical_p": 0.3, "min_p": 0.5, "forced_bos_token_id": 9, "forced_eos_token_id": 9, "eos_token_id": [5, 6], "bad_words_ids": [[5], [6, 7]],
            "early_stopping": "never", "renormalize_logits": True, "exponential_decay_length_penalty": [1, 3.], "encoder_no_repeat_ngram_size": 1,

@@ -110,7 +110,7 @@ def _trial(gpt2):
 
 
 def _one_by_one(gpt2, prefix, input_ids, tokens, images, smoothing=0.):
-    return torch.cat([_padded_losses(gpt2, prefix[i:i + 1], ids[None, mask], mask[None, mask], [0], smoothing) for i, ids, mask in zip(images, input_ids, tokens)])
+    return torch.cat([_padded_losses(gpt2, prefix[i:i + 1], ids[None, t], t[None, t], [0], smoothing) for i, ids, t in zip(images, input_ids, tokens)])
 
 
 def _with_gradient(losses, gpt2, prefix, *batch):
