@@ -229,7 +229,8 @@ def test_baselines_stand_beside_a_run(trained):
     assert comparison.table.xs("rouge_l").p.notna().sum() == len(names) - 1  # people have fewer references
 
 
-def test_people_are_left_out_where_images_have_one_caption(trained_copy, outputs):
+def test_people_are_left_out_where_images_have_one_caption(trained_copy, outputs, monkeypatch):
+    monkeypatch.setattr("clipcap.decoding.load.check_recorded", lambda *_: None)  # the table is replaced below
     table = pd.read_csv(outputs/"demo/captions_table.csv", dtype=str, keep_default_na=False)
     table.drop_duplicates("image").to_csv(outputs/"demo/captions_table.csv", index=False)
     with pytest.warns(UserWarning, match="people are not compared: 6 of 6 images have fewer than two captions"):

@@ -82,7 +82,7 @@ def test_full_disk_and_read_only_folder_are_explained(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="x.json can't be written: its disk is full; make room"): write(OSError(28, "No space left on device"))
     assert not list(tmp_path.iterdir())
     with pytest.raises(PermissionError): write(PermissionError(13, "no"))
-    monkeypatch.setattr("clipcap.runs.files.NamedTemporaryFile", lambda **_: (_ for _ in ()).throw(OSError(30, "read-only")))
+    monkeypatch.setattr("clipcap.runs.files.Path.touch", lambda _: (_ for _ in ()).throw(OSError(30, "read-only")))
     with pytest.raises(OSError, match="x.json can't be written .*; make its folder writable, or choose another for all runs: CLIPCAP_OUTPUTS=FOLDER"):
         write_json(tmp_path/"x.json", 1)
 

@@ -33,7 +33,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer, GPT2TokenizerFast
     path = gpt2_path(name)
     if Path(path).is_dir() and not any(Path(path, file).is_file() for file in _FILES):  # transformers would ask for other packages
-        raise ValueError(f"gpt2_model={name!r}: {path} holds none of {', '.join(_FILES)}; save the model's tokenizer there: tokenizer.save_pretrained(FOLDER)")
+        raise ValueError(f"gpt2_model={name!r} can't be loaded: {path} holds none of {', '.join(_FILES)}; save the model's tokenizer there: tokenizer.save_pretrained(FOLDER)")
     bare = Path(path, "vocab.json").is_file() and not Path(path, "tokenizer.json").is_file()
     kind = GPT2TokenizerFast if bare else AutoTokenizer  # bare: as OpenAI published it
     try: tokenizer = kind.from_pretrained(path, trust_remote_code=False)

@@ -192,6 +192,25 @@ def _why(error, path):
             "model.save_pretrained(FOLDER)")
 
 
+def _load_whole(name):
+    "Load a model all of whose tensors are in the folder."
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    def refuse(why, fix="pass a folder with config.json and model.safetensors"):
+        raise ValueError(f"gpt2_model={name!r} can't be loaded as a causal language model ({why}); {fix}") from None
+    path = gpt2_path(name)
+    try: gpt2, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False,
+                                                           generation_config=GenerationConfig(), ignore_mismatched_sizes=True, output_loading_info=True)
+    except Exception as error:
+        if "trust_remote_code" in str(error): refuse("it brings code of its own, which is not run", "pass a folder of an architecture that transformers has")
+        refuse(_why(error, path))
+    unexpected = [key for key in info["unexpected_keys"] if not _BUFFERS.search(key)]
+    other = [f"{key} {tuple(found)} for {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]]
+    for keys, what in ((info["missing_keys"], "are missing"), (unexpected, "are unknown to it"), (other, "have another shape")):
+        if keys: refuse(f"{len(keys)} tensors of a {type(gpt2).__name__} {what}: {', '.join(sorted(keys)[:3])}{' ...' if len(keys) > 3 else ''}",
+                        "pass a folder whose weights are those of its config.json")
+    return gpt2
+
+# %% ../../nbs/networks/language_models.ipynb #73422fd3
 def load_gpt2(
     name: str,  # hub name, local directory of a causal LM, or "mini"
     tokenizer,  # from `load_tokenizer`
@@ -211,25 +230,6 @@ def load_gpt2(
                          "pass a causal language model that reads vectors in place of words, such as gpt2") from None
     if way == "padded":
         warnings.warn(f"gpt2_model={name!r} is a {type(gpt2).__name__}, which can't read packed batches: its batches are padded, with the same loss and slower")
-    return gpt2
-
-
-def _load_whole(name):
-    "Load a model all of whose tensors are in the folder."
-    from transformers import AutoModelForCausalLM, GenerationConfig
-    def refuse(why, fix="pass a folder with config.json and model.safetensors"):
-        raise ValueError(f"gpt2_model={name!r} can't be loaded as a causal language model ({why}); {fix}") from None
-    path = gpt2_path(name)
-    try: gpt2, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False,
-                                                           generation_config=GenerationConfig(), ignore_mismatched_sizes=True, output_loading_info=True)
-    except Exception as error:
-        if "trust_remote_code" in str(error): refuse("it brings code of its own, which is not run", "pass a folder of an architecture that transformers has")
-        refuse(_why(error, path))
-    unexpected = [key for key in info["unexpected_keys"] if not _BUFFERS.search(key)]
-    other = [f"{key} {tuple(found)} for {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]]
-    for keys, what in ((info["missing_keys"], "are missing"), (unexpected, "are unknown to it"), (other, "have another shape")):
-        if keys: refuse(f"{len(keys)} tensors of a {type(gpt2).__name__} {what}: {', '.join(sorted(keys)[:3])}{' ...' if len(keys) > 3 else ''}",
-                        "pass a folder whose weights are those of its config.json")
     return gpt2
 
 # %% ../../nbs/networks/language_models.ipynb #d83c0f57
