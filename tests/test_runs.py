@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from clipcap.core import Run, check_earlier, make_config, open_run
 from clipcap.runs.files import atomic_path, clear_strays, write_json
-from clipcap.runs.folder import SEAL, hold_run, made_files, seal, stop_on_sigterm
+from clipcap.runs.folder import SEAL, environment, hold_run, made_files, seal, stop_on_sigterm
 
 HOLDER = """import sys, time
 from clipcap.core import Run
@@ -192,3 +192,20 @@ def test_outputs_follow_the_environment_and_paths_the_project(monkeypatch, tmp_p
     assert resolve_path("outputs") == (project_root()/"outputs").resolve() and project_root() != Path.cwd()
     monkeypatch.chdir(tmp_path)  # no checkout
     assert project_root() == tmp_path
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
+    monkeypatch.setattr("clipcap.runs.folder._PACKAGES", ("filelock", "a-package-that-nobody-has"))
+    versions = environment()["packages"]
+    assert versions["filelock"] and versions["a-package-that-nobody-has"] is None
+
+
+def test_a_lock_in_a_read_only_folder_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setattr("clipcap.runs.folder.FileLock.acquire", lambda _: (_ for _ in ()).throw(OSError(30, "read-only")))
+    with pytest.raises(OSError, match="can't be written .*; make its folder writable"), hold_run(Run("r", tmp_path)): pass
+
+
+@pytest.mark.parametrize("children", [False, True])
+def test_a_run_is_held_for_children_where_that_is_asked_for(tmp_path, children):
+    with hold_run(Run("r", tmp_path), **{"children": True} if children else {}): assert ("CLIPCAP_HELD" in os.environ) == children
+    assert "CLIPCAP_HELD" not in os.environ
