@@ -402,7 +402,7 @@ def _add_subsets(table, source):
     "A column `subset` from `subsets.csv` (image,subset), where the data set has such a file."
     path = source.root/"subsets.csv"
     if not path.is_file(): return table
-    return table.merge(pd.read_csv(path), on="image", how="left")
+    return table.merge(pd.read_csv(path, dtype=str, keep_default_na=False), on="image", how="left")  # images may be called 007 or NA
 
 # %% ../nbs/01_data.ipynb #b6c411a6
 @dataclass(frozen=True)

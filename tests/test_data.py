@@ -495,6 +495,15 @@ def test_missing_and_damaged_photos_stop_the_stage_or_are_left_out(outputs, tmp_
     assert list(entry["bad_images"]) == [names[5]] and sum(entry["images"].values()) == 23 and names[5] not in data.embeddings
 
 
+def test_subsets_of_images_whose_names_are_numbers_or_NA(outputs, tmp_path):
+    names = ["007", "NA", *(f"{k:03d}" for k in range(20))]
+    (tmp_path/"captions.txt").write_text("image,caption\n" + "".join(f"{name},A dog\n" for name in sorted({*names})))
+    (tmp_path/"subsets.csv").write_text("image,subset\n007,seen\nNA,unseen\n")
+    write_embeddings(tmp_path/"e.safetensors", sorted({*names}), torch.zeros(len({*names}), 7), "other")
+    _, data = run_stage("subsets", tmp_path, embeddings=str(tmp_path/"e.safetensors"))
+    assert data.captions.set_index("image").subset[["007", "NA", "001"]].tolist() == ["seen", "unseen", ""]
+
+
 def test_long_list_of_bad_photos_is_cut(outputs, tmp_path):
     with pytest.raises(OSError, match="  … and 25 more"): _refuse({f"{k}.jpg": "missing" for k in range(45)}, tmp_path, open_run("bad")[0])
 

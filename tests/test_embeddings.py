@@ -65,6 +65,11 @@ def test_bad_file_is_named(tmp_path, files, text):
         store.stack(store.names)
 
 
+def test_files_of_two_encoders_are_named(folder):
+    write_embeddings(folder/"2.safetensors", ["f"], ROWS[:1], "other")
+    with pytest.raises(ValueError, match="holds embeddings of several encoders: test in 0.safetensors, other in 2.safetensors; use those of one"): Embeddings(folder)
+
+
 def test_other_and_missing_files_are_named(tmp_path):
     (tmp_path/"x.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="x.safetensors is not an embeddings file"): Embeddings(tmp_path)

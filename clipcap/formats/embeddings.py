@@ -72,16 +72,20 @@ class Embeddings:
         path: str | Path,  # an embeddings file, or a folder of them
         *more: str | Path,  # others that belong to it
     ):
-        self.path, self._where, self._slices, shapes = Path(path), {}, [], set()
+        self.path, self._where, self._slices, shapes, encoders = Path(path), {}, [], set(), {}
         for file in [file for part in (path, *more) for file in _embeddings_files(Path(part))]:
             names, shape, metadata = read_metadata(file)
             if names: shapes.add(shape)
-            self.encoder = metadata.get("encoder", "unknown")
+            encoders.setdefault(metadata.get("encoder", "unknown"), file)
             for row, name in enumerate(names):
                 if name in self._where: raise ValueError(f"{file}: {name} has two embeddings; remove one")
                 self._where[name] = len(self._slices), row
             self._slices.append(safe_open(file, "pt").get_slice("embeddings"))
         *self._parts, self.dim = _one_shape(path, shapes)
+        self.encoder, *others = encoders
+        if others:
+            raise ValueError(f"{path} holds embeddings of several encoders: {self.encoder} in {encoders[self.encoder].name}, {others[0]} in "
+                             f"{encoders[others[0]].name}; use those of one")
 
     @property
     def tokens(self) -> int | None: return self._parts[0] if self._parts else None  # vectors per image; None: one
