@@ -98,12 +98,15 @@ def word_scores(
     prefix: torch.Tensor,  # (B, P, d), from the mapping network
     words: Words,  # B captions, on the model's device
     log_odds: bool = True,  # False: log p
+    attention: list | None = None,  # gets the attention of models that return it themselves; None: not asked for
 ) -> torch.Tensor:  # (B, W), in nats; 0 where a caption has no such word
     "Score each word after the prefix and the words before it."
     embedded = model.gpt2.get_input_embeddings()(words.ids)  # (B, L, d)
     mask = torch.cat([words.mask.new_ones(prefix.shape[:2]), words.mask], dim=1)
-    logits = model.gpt2(inputs_embeds=torch.cat([prefix.to(embedded.dtype), embedded], dim=1), use_cache=False,
-                        attention_mask=mask).logits[:, prefix.shape[1] - 1:-1].float()  # (B, L, V)
+    returns = {"output_attentions": True} if attention is not None and model.gpt2.config._attn_implementation == "eager" else {}
+    read = model.gpt2(inputs_embeds=torch.cat([prefix.to(embedded.dtype), embedded], dim=1), use_cache=False, attention_mask=mask, **returns)
+    if returns: attention.extend(layer for layer in getattr(read, "attentions", None) or () if layer is not None)
+    logits = read.logits[:, prefix.shape[1] - 1:-1].float()  # (B, L, V)
     chosen = words.ids[..., None]
     against = logits.scatter(2, chosen, float("-inf")) if log_odds else logits
     tokens = logits.gather(2, chosen)[..., 0] - against.logsumexp(2)  # (B, L)
@@ -156,7 +159,7 @@ def explain(
         if not isinstance(model.mapping_network, MappingNetwork): in_mapping = []
         to_patches = in_mapping[1::2] if in_clip and model.features == "grid" else []  # cross-attention to what CLIP's layers made
         words = words_after(model, prefix, captions)
-        with record_attention() as in_gpt2: scores = word_scores(model, prefix, words)
+        with record_attention() as in_gpt2: scores = word_scores(model, prefix, words, attention=in_gpt2)
     _check_recorded(images, in_clip, in_gpt2)
     first = prefix.shape[1] - 1  # the position that chooses the first token
     start = F.pad(words.member, (first, 0))[:, :, :first + words.ids.shape[1]]
@@ -177,8 +180,7 @@ def _check_recorded(images, in_clip, in_gpt2):
     "Raise where a network computed its attention in some other way."
     for part, record in (("clip_model", in_clip), ("gpt2_model", in_gpt2)):
         if not record and not (part == "clip_model" and images.ndim < 4):
-            raise ValueError(f"{part} does not use PyTorch's scaled_dot_product_attention, so its attention can't "
-                             "be recorded; a causal LM does with attn_implementation='sdpa'")
+            raise ValueError(f"{part} neither uses PyTorch's scaled_dot_product_attention nor returns its attention, so it can't be explained")
 
 # %% ../nbs/06_attention.ipynb #c97336e3
 def _memory_relevance(weights, gradients):

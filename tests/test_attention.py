@@ -19,6 +19,8 @@ from clipcap.core import make_config, open_run
 from clipcap.data import load_data
 from clipcap.decoding.load import load_run
 from clipcap.model import ClipCapModel, GridMapping, load_model
+from clipcap.networks.language_models import choose_loss, tiny_language_model
+from clipcap.networks.mapping import LinearMapping
 
 CAPTIONS = ["A dog runs .", "Unbelievable", ""]
 SDPA = F.scaled_dot_product_attention
@@ -202,9 +204,24 @@ def test_mapping_network_that_sees_patches_can_be_explained(captioner):
     assert (of_patches.photo, of_patches.memory.shape) == (None, (2, 4, 10, 5))
 
 
-def test_attention_that_can_not_be_recorded_is_told(captioner, monkeypatch):
-    monkeypatch.setattr(captioner.gpt2.config, "_attn_implementation", "eager")
-    with pytest.raises(ValueError, match="gpt2_model does not use PyTorch's scaled_dot_product_attention"): explain(captioner, embeddings(1), ["dog"])
+def of_kind(captioner, kind):
+    "The same tokenizer with a small random language model of another architecture, without CLIP."
+    gpt2 = tiny_language_model(kind, vocabulary=len(captioner.tokenizer)).requires_grad_(False)
+    choose_loss(gpt2)
+    return ClipCapModel(gpt2, captioner.tokenizer, LinearMapping(7, 64, 3, num_layers=1, num_heads=1, feedforward_dim=8, dropout=0.)).eval()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neo", "gptj", "bloom", "gemma2", "codegen"])
+def test_language_models_that_return_their_attention_are_explained(captioner, kind):
+    explanations = explain(of_kind(captioner, kind), torch.randn(2, 7, generator=torch.Generator().manual_seed(0)), CAPTIONS[:2])
+    for e, words in zip(explanations, (4, 1)):
+        assert e.attention.shape == (2, 4, words, 3 + 1 + words) and e.shares.sum(1).sub(1).abs().max() < 1e-4
+        assert (e.attention >= 0).all() and (e.attention.sum(-1) <= 1 + 1e-4).all()
+
+
+def test_a_model_without_attention_is_named(captioner):
+    with pytest.raises(ValueError, match="gpt2_model neither uses .* nor returns its attention"): explain(of_kind(captioner, "mamba"), torch.randn(1, 7), ["A dog"])
 
 
 # --- pictures

@@ -63,6 +63,14 @@ def _one_shape(path, shapes):
     sizes = ", ".join("×".join(map(str, shape)) for shape in sorted(shapes))
     raise ValueError(f"{path}: embeddings have the sizes {sizes or 'of none'}; they must have one")
 
+
+def _one_encoder(path, files):
+    "Return what made all rows; `files` holds a file of each encoder. Raises `ValueError` where there are several."
+    if len(files) > 1:
+        (one, first), (two, second), *_ = files.items()
+        raise ValueError(f"{path} holds embeddings of several encoders: {one} in {first.name}, {two} in {second.name}; use those of one")
+    return next(iter(files))
+
 # %% ../../nbs/formats/embeddings.ipynb #2cfbfac4
 class Embeddings:
     "Image embeddings in one or several files, read row by row."
@@ -81,11 +89,7 @@ class Embeddings:
                 if name in self._where: raise ValueError(f"{file}: {name} has two embeddings; remove one")
                 self._where[name] = len(self._slices), row
             self._slices.append(safe_open(file, "pt").get_slice("embeddings"))
-        *self._parts, self.dim = _one_shape(path, shapes)
-        self.encoder, *others = encoders
-        if others:
-            raise ValueError(f"{path} holds embeddings of several encoders: {self.encoder} in {encoders[self.encoder].name}, {others[0]} in "
-                             f"{encoders[others[0]].name}; use those of one")
+        (*self._parts, self.dim), self.encoder = _one_shape(path, shapes), _one_encoder(path, encoders)
 
     @property
     def tokens(self) -> int | None: return self._parts[0] if self._parts else None  # vectors per image; None: one
