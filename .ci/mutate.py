@@ -149,7 +149,7 @@ def main():
         if key in rows and (not args.again or before["noticed_by"] + before["explained"]): continue
         check_tests(mutant["module"])
         started = time.monotonic()
-        rows[key] = {**before, **{c: v for c, v in mutant.items() if c != "code"}, **noticed(mutant, 300)}
+        rows[key] = {**before, **{c: v for c, v in mutant.items() if c != "code"}, **noticed(mutant, 900)}
         tqdm.write(f"{mutant['module']}:{mutant['line']} {rows[key]['noticed_by'] or 'NOT NOTICED'} {time.monotonic() - started:.0f} s")
         pd.DataFrame(sorted(rows.values(), key=lambda r: (r["module"], r["line"], r["fault"])), columns=COLUMNS).to_csv(f"{table}.part", index=False)
         os.replace(f"{table}.part", table)

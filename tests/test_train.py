@@ -18,8 +18,8 @@ from clipcap.model import generate_from_embeddings, load_model
 from clipcap.optim.processes import start_accelerator
 from clipcap.runs.checkpoints import checkpoint_path, load_checkpoint, read_metrics
 from clipcap.scoring.metrics import score
-from clipcap.train import (compute_gradient, epoch_loader, main, plot_losses, train, train_run, validate, validation_cider, validation_loss,
-                           watch)
+from clipcap.train import (compute_gradient, epoch_loader, main, plot_losses, train, train_run, train_stage, validate, validation_cider,
+                           validation_loss, watch)
 
 
 def trained(tiny, name, images=30, **changes):
@@ -232,3 +232,10 @@ def test_command_prints_a_line_per_epoch_and_names_mistakes(tiny, capsys):
     assert re.findall(r"^\d+ ", capsys.readouterr().out, re.M) == ["1 ", "2 "]
     assert open_run("made")[0].stage_entry("03_train")["processes"] == 1
     with pytest.raises(SystemExit, match="clipcap.train: unknown field 'epoch'; did you mean 'epochs'"): main(["epoch=2"], run="made")
+
+
+def test_the_stage_records_epochs_and_the_last_validation_loss(tiny):
+    run, config = tiny(epochs=3, num_layers=1)
+    metrics = train_stage(run.name)
+    entry = run.stage_entry("03_train")
+    assert (entry["epochs"], entry["processes"]) == (3, 1) and entry["final_val_loss"] == metrics.val_loss.iloc[-1] != metrics.val_loss.iloc[0]
