@@ -132,7 +132,9 @@ def prepare():
     publish_gpt2(scratch/"gpt2", vocabulary, **GPT2_SIZES[args.size])
     from clip.model import CLIP
     seed_everything(0)
-    save_file({k: v.contiguous() for k, v in CLIP(**clip_sizes).state_dict().items()}, scratch/"clip.safetensors")
+    sizes = {"input_resolution": "image_resolution", "context_length": "context_length", "vocab_size": "vocab_size"}  # OpenAI's files hold them
+    save_file({k: v.contiguous() for k, v in CLIP(**clip_sizes).state_dict().items()} | {k: torch.tensor(clip_sizes[name]) for k, name in sizes.items()},
+              scratch/"clip.safetensors")
     draw = torch.Generator().manual_seed(0)
     write_embeddings(scratch/"embeddings.safetensors", names, torch.randn(len(names), clip_dim, generator=draw), "random")
     few = names[:2400 if full else 160]
