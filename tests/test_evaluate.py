@@ -14,11 +14,11 @@ from PIL import Image
 
 from clipcap import evaluate as module
 from clipcap.attention import read_relevance
-from clipcap.core import open_run
+from clipcap.core import Run, open_run
 from clipcap.data import Data, load_data, prepare_data
 from clipcap.decoding.load import save_weights
-from clipcap.evaluate import (evaluate_run, keep_figure, nan_to_none, pick_evenly, read_captions_json, read_scores, score_split, show_captions,
-                              subset_scores, without_words, write_captions)
+from clipcap.evaluate import (evaluate_run, keep_figure, nan_to_none, photo_page, pick_evenly, read_captions_json, read_scores, score_split,
+                              show_captions, subset_scores, without_words, write_captions)
 from clipcap.formats.embeddings import Embeddings, write_embeddings
 from clipcap.model import load_model
 from clipcap.scoring.clipscore import text_encoder
@@ -237,3 +237,21 @@ def test_page_without_images_is_a_note():
 def test_items_are_picked_from_best_to_worst():
     assert pick_evenly(list(range(111))) == list(range(0, 111, 10))
     assert (pick_evenly([7]), pick_evenly([1, 2, 3]), pick_evenly([])) == ([7], [1, 2, 3], [])
+
+
+def test_a_page_without_images_says_so_inside_of_its_axes():
+    figure = photo_page(None, [], [], "The worst captions")
+    figure.canvas.draw()
+    ax, = figure.axes
+    assert [text.get_text() for text in ax.texts] == ["no image"]
+    note = ax.texts[0].get_window_extent()
+    assert ax.bbox.x0 < note.x0 < note.x1 < ax.bbox.x1 and ax.bbox.y0 < note.y0 < note.y1 < ax.bbox.y1 and ax.bbox.height > 5*note.height
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("options, shown", [({}, 1), ({"show": False}, 0)])
+def test_a_figure_is_kept_and_shown_unless_it_must_not_be(tmp_path, monkeypatch, options, shown):
+    calls = []
+    monkeypatch.setattr(plt, "show", lambda: calls.append(plt.gcf()))
+    keep_figure(plt.figure(), Run("r", tmp_path), "empty", **options)
+    assert len(calls) == shown and (tmp_path/"r/figures/empty.png").is_file()
