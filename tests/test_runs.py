@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from filelock import Timeout
 
 from clipcap.core import Run, check_earlier, make_config, open_run
 from clipcap.runs.files import atomic_path, clear_strays, write_json
@@ -209,3 +210,15 @@ def test_a_lock_in_a_read_only_folder_is_explained(tmp_path, monkeypatch):
 def test_a_run_is_held_for_children_where_that_is_asked_for(tmp_path, children):
     with hold_run(Run("r", tmp_path), **{"children": True} if children else {}): assert ("CLIPCAP_HELD" in os.environ) == children
     assert "CLIPCAP_HELD" not in os.environ
+
+
+def test_without_git_no_commit_is_recorded(monkeypatch):
+    monkeypatch.setattr("clipcap.runs.folder.subprocess.run", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError("git")))
+    assert environment()["git_commit"] is None
+
+
+def test_a_busy_run_names_the_stage_that_began_last(tmp_path, monkeypatch):
+    run = Run("r", tmp_path)
+    write_json(run.path/"run.json", {"stages": {name: {"started": "2026-11-26T18:00:00", "process": "7 on here"} for name in ("01_data", "03_train")}})
+    monkeypatch.setattr("clipcap.runs.folder.FileLock.acquire", lambda _: (_ for _ in ()).throw(Timeout("run")))
+    with pytest.raises(BlockingIOError, match=r"another process \(03_train since 2026-11-26T18:00, process 7 on here\);"), hold_run(run): pass
