@@ -87,7 +87,7 @@ flickr8k: $(VENV)/installed
 
 full-size-check: $(VENV)/installed
 	@mkdir -p outputs/full-size-check
-	$(BIN)/papermill nbs/checks/full_size.ipynb outputs/full-size-check/checks/full_size.ipynb -k python3 \
+	$(BIN)/papermill nbs/checks/full_size.ipynb outputs/full-size-check/full_size.ipynb -k python3 \
 		-p size full -p data_root $(DATA_ROOT)
 
 benchmark: $(VENV)/installed

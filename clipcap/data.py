@@ -32,7 +32,7 @@ from .formats.clip_files import load_clip_file
 from .formats.download import download, unpack
 from .formats.embeddings import Embeddings, data_hash, read_metadata, write_embeddings
 from .formats.origin import source_hashes
-from .formats.photos import read_photo
+from .formats.photos import READING, read_photo
 from .formats.readers import (SPLITS, Photos, as_photos, check_official, find_layout, find_source, random_split,
                                      read_table)
 from .formats.tokenizer import enclose, token_ids
@@ -164,7 +164,7 @@ def cache_folder(
     names: list[str],  # images, in order
 ) -> Path:  # folder of shards under `outputs/cache`
     "Return the folder for the embeddings of these images by this encoder."
-    steps = re.sub(r" at 0x\w+", "", repr(preprocess))  # function addresses change every time
+    steps = f"{re.sub(r' at 0x[0-9a-f]+', '', repr(preprocess))} {READING}"  # function addresses change every time
     place = os.path.relpath(as_photos(photos).root, project_root())  # a project that moves keeps its caches
     key = hashlib.sha256(json.dumps([encoder, steps, place, names]).encode()).hexdigest()
     return outputs_dir()/"cache"/f"embeddings-{key[:16]}"

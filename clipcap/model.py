@@ -276,9 +276,9 @@ def generate_from_embeddings(
 ) -> list[str]:  # B captions, or B*R
     "Caption images that are given by their embeddings. Raises `ValueError` naming what is not possible."
     _check_search(temperature, max_length=max_length, num_beams=num_beams)
-    rows = [torch.as_tensor(row) for row in embeddings]
-    if not rows: return []
-    embeddings = torch.stack(rows)
+    if not torch.is_tensor(embeddings): embeddings = [torch.as_tensor(row) for row in embeddings]
+    if not len(embeddings): return []
+    if not torch.is_tensor(embeddings): embeddings = torch.stack(embeddings)
     if embeddings.ndim < 2: raise ValueError(f"embeddings have the shape {tuple(embeddings.shape)}; give (B, clip_dim): one is embedding[None]")
     if not torch.isfinite(embeddings).all(): raise ValueError("embeddings hold NaN or infinity; encode the photos again")
     return ids_to_text(model.tokenizer, generate_ids(embeddings, model, max_length, num_beams, temperature, **options))

@@ -191,3 +191,15 @@ def test_lock_holds_what_settings_require():
 def test_citation_is_of_this_version():
     text = dict(line.split(": ", 1) for line in (ROOT/"CITATION.cff").read_text("utf-8").splitlines() if ": " in line and line[0] not in " -")
     assert (text["version"], text["license"]) == (settings()["version"], settings()["license"].upper())
+
+
+# --- Makefile
+
+COMMANDS = re.findall(r"papermill (\S+\.ipynb) (\S+\.ipynb)", (ROOT/"Makefile").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("notebook, out", COMMANDS, ids=[notebook for notebook, _ in COMMANDS])
+def test_commands_name_notebooks_that_are_there_and_folders_that_are_made(notebook, out):
+    folder = str(Path(out).parent)
+    assert (ROOT/notebook).is_file()
+    assert folder == "outputs" or f"mkdir -p {folder}\n" in (ROOT/"Makefile").read_text("utf-8")

@@ -6,7 +6,8 @@ import pytest
 from data_files import fails, read_files, write
 
 from clipcap.formats.readers import (READERS, SPLITS, Folders, Reader, as_photos, find_layout, find_source, official_split, random_split,
-                                     read_captions, read_json, read_lines, read_text, split_of)
+                                     read_captions, split_of)
+from clipcap.formats.tables import read_json, read_lines, read_text
 
 
 def file_of(folder, content, name="x.txt"):

@@ -13,7 +13,8 @@ from test_readers import csv_text
 
 from clipcap.core import open_run
 from clipcap.data import load_data, prepare_data
-from clipcap.formats.readers import READERS, SPLITS, Reader, find_source, read_captions, read_text, split_of
+from clipcap.formats.readers import READERS, SPLITS, Reader, find_source, read_captions, split_of
+from clipcap.formats.tables import read_text
 
 # all but some: COCO has no official test split, and where photos have other names the random split is another
 OTHER_NAMES = ("img2dataset", "Hugging Face imagefolder", "photos with .txt")

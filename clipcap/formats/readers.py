@@ -6,8 +6,7 @@
 __all__ = ['SPLITS', 'FLICKR_PHOTOS', 'FLICKR8K', 'READERS', 'CONVERT', 'Photos', 'file_stamp', 'leads_out', 'Folders',
            'as_photos', 'random_split', 'split_of', 'Reader', 'Layout', 'flickr_photos', 'find_layout', 'caption_rows',
            'read_captions', 'official_split', 'read_flickr8k', 'Source', 'find_files', 'find_source', 'is_text',
-           'read_table', 'check_official', 'LONGEST_CAPTION', 'csv_rows', 'read_csv', 'read_json', 'read_lines',
-           'read_text']
+           'read_table', 'check_official']
 
 # %% ../../nbs/formats/readers.ipynb #d69ef290
 import csv
@@ -24,10 +23,8 @@ import pandas as pd
 
 from ..core import registered
 from .lists import caption_list
-from .tables import LONGEST_CAPTION, csv_rows, read_csv, read_json, read_lines, read_text, table_rows
+from .tables import LONGEST_CAPTION, read_lines, read_text, table_rows
 from ..runs.files import resolve_path
-
-_all_ = ["LONGEST_CAPTION", "csv_rows", "read_csv", "read_json", "read_lines", "read_text"]  # of `formats/tables`, for readers of other formats
 
 # %% ../../nbs/formats/readers.ipynb #e76b3495
 class Photos(Protocol):
