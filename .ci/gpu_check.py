@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-import clipcap.networks.packing
+import clipcap.train
 from clipcap.attention import explain
 from clipcap.checks.literal import literal_loss, literal_model, loss_and_gradients, mean_loss
 from clipcap.core import make_config, pick_device, seed_everything
@@ -50,10 +50,11 @@ from clipcap.decoding.stream import caption_stream, read_ahead
 from clipcap.formats.embeddings import Embeddings, write_embeddings
 from clipcap.formats.photos import read_photo
 from clipcap.model import generate_ids, load_model
-from clipcap.networks.packing import has_bf16, pick_dtype, token_losses
+from clipcap.networks.packing import has_bf16, pick_dtype
 from clipcap.studies.flops import CLIP_SIZES, GPT2_SIZES, NETWORK_SIZES, model_sizes, publish_gpt2, step_flops
 from clipcap.studies.timing import matmul_functions, matmul_limit, matmul_shapes, our_step
-from clipcap.train import train_stage
+from clipcap.optim.captured import CapturedGradient
+from clipcap.train import epoch_loader, train_stage
 
 full, device = args.size == "full", pick_device(args.device)
 cuda = device == "cuda"
@@ -147,20 +148,12 @@ settings = dict(clip_model=str(scratch/"clip.safetensors"), gpt2_model=str(scrat
 def config_of(kind="float32", where=device, **more): return make_config("flickr8k", device=where, precision=kind, **settings, **more)
 
 
-@contextlib.contextmanager
-def believing_in_bf16():
-    "`has_bf16` times a product that is too small for a GPU; here the type is taken on trust."
-    before, clipcap.networks.packing.has_bf16 = clipcap.networks.packing.has_bf16, lambda *a, **k: True
-    try: yield
-    finally: clipcap.networks.packing.has_bf16 = before
-
-
 made = {}
 def model_of(kind="float32", where=device, with_clip=False):
     "A model, made once. `kind` tf32 is float32, to be used within `precision`."
     key = "float32" if kind == "tf32" else kind, where, with_clip
     if key not in made:
-        with believing_in_bf16(): made[key] = load_model(config_of(key[0], where), None if with_clip else clip_dim).eval()
+        made[key] = load_model(config_of(key[0], where), None if with_clip else clip_dim).eval()
     return made[key]
 
 
@@ -182,7 +175,6 @@ def batches(count, each=1, size=32):
 # parts ---------------------------------------------------------------------------------------------------------------------------------
 def facts():
     import accelerate, transformers
-    conv_before = torch.backends.cudnn.conv.fp32_precision
     told = table("facts")
     told |= {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__, "accelerate": accelerate.__version__,
             "cpus": os.cpu_count(), "gpu": torch.cuda.get_device_name() if cuda else None, "capability": torch.cuda.get_device_capability() if cuda else None}
@@ -191,8 +183,8 @@ def facts():
     try: told["bfloat16_is"] = str(pick_dtype("bfloat16", device, 768))
     except ValueError as error: told["bfloat16_is"] = f"ValueError: {error}"
     model_of()
-    told["tf32_of_convolutions"] = {"before load_model": conv_before, "after": torch.backends.cudnn.conv.fp32_precision}
-    told["tf32_of_products"] = matmul.fp32_precision
+    told["precision_of_convolutions"] = torch.backends.cudnn.conv.fp32_precision
+    told["precision_of_products"] = matmul.fp32_precision
 
 
 def limits():
@@ -270,8 +262,7 @@ def steps():
     "Training steps as `train` takes them, on batches that are on the GPU already."
     told, flops_of = table("steps"), model_sizes(model_of(), clip_sizes)
     for each, label in ((1, "one caption an image"), (5, "five")):
-        given = [on(b, device) for b in batches(20 if full else 4, each)]
-        others, given = given[len(given)//2:], given[:len(given)//2]
+        given = [on(b, device) for b in batches(10 if full else 2, each)]
         lengths, images = given[0]["attention_mask"].sum(1).tolist(), len(given[0]["embedding"])
         flop = statistics.mean(step_flops(flops_of, b["attention_mask"].sum(1).tolist(), len(b["embedding"]))["needed"]["total"] for b in given)
         for kind in ("float32", "tf32", "bfloat16"):
@@ -288,17 +279,11 @@ def steps():
                 return (time.perf_counter() - started)/len(batches)*1e3
             with precision(kind):
                 new = pass_ms(given[1:])
-                if cuda:
-                    torch.backends.cuda.enable_cudnn_sdp(False)
-                    new_without = pass_ms(others)
-                    took_without = timed(step, len(given), 3)
-                    torch.backends.cuda.enable_cudnn_sdp(True)
-                took = timed(step, len(given), 5 if full else 2)
+                took = timed(step, len(given), 3 if full else 2)
                 row = told[f"{label}, {kind}"] = {"ms": took*1e3, "captions_a_second": len(lengths)/took, "gflop": flop/1e9,
                        "share_of_limit": flop/took/1e12/results.get("limits_tflops", {}).get(kind, float("nan"))}
                 row["ms_on_new_shapes"] = new
-                if cuda: row |= {"ms_without_cudnn_attention": took_without*1e3, "ms_on_new_shapes_without_cudnn_attention": new_without,
-                                 "peak_gb": torch.cuda.max_memory_allocated()/1e9}
+                if cuda: row["peak_gb"] = torch.cuda.max_memory_allocated()/1e9
                 if each == 1:
                     row["host_waits"] = syncs(step)
                     row |= kernels(step)
@@ -334,18 +319,22 @@ def train_settings(store, epochs, kind):
 
 
 def epochs():
-    "Two epochs of the recipe by `train_stage`: all 6,472 training images where captions.txt is Flickr8k's."
+    "Two epochs of the recipe by `train_stage`: all 6,472 training images where captions.txt is Flickr8k's; and what an epoch waits for beside training."
     told = table("epochs")
-    for name, kind, cudnn in (("float32", "float32", True), ("bfloat16", "bfloat16", True), ("bfloat16 without cuDNN attention", "bfloat16", False)):
-        started = time.monotonic()
-        if cuda: torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        try:
-            with believing_in_bf16(): metrics = train_stage(f"epochs-{kind}", **train_settings("embeddings", 2, kind))
+    def timing(name, work):
+        def run(*a, **k):
+            sync(); started = time.perf_counter()
+            try: return work(*a, **k)
+            finally: sync(); parts.setdefault(name, []).append(round(time.perf_counter() - started, 3))
+        return run
+    for kind in ("float32", "bfloat16"):
+        parts, started, own = {}, time.monotonic(), {name: getattr(clipcap.train, name) for name in ("validate", "finish_epoch", "load_model", "load_data")}
+        for name, work in own.items(): setattr(clipcap.train, name, timing(name, work))
+        try: metrics = train_stage(f"epochs-{kind}", **train_settings("embeddings", 2, kind))
         finally:
-            if cuda: torch.backends.cuda.enable_cudnn_sdp(True)
-        told[name] = {"training_seconds_an_epoch": metrics.seconds.tolist(), "captions_a_second": metrics.captions_per_second.tolist(),
-                      "losses": metrics[["train_loss", "val_loss"]].round(4).values.tolist(), "wall_seconds_of_all": round(time.monotonic() - started, 1)}
-        told[name]["seconds_not_training"] = round(told[name]["wall_seconds_of_all"] - metrics.seconds.sum(), 1)
+            for name, work in own.items(): setattr(clipcap.train, name, work)
+        told[kind] = {"training_seconds_an_epoch": metrics.seconds.tolist(), "captions_a_second": metrics.captions_per_second.tolist(),
+                      "losses": metrics[["train_loss", "val_loss"]].round(4).values.tolist(), "wall_seconds_of_all": round(time.monotonic() - started, 1), "seconds": parts}
         shutil.rmtree(scratch/f"outputs/epochs-{kind}")
 
 
@@ -375,16 +364,16 @@ def captioning():
     "Photos a second by `generate_ids`, from embeddings; random weights never end a caption, so all tokens are written."
     tokens, told = 40 if full else 8, table("captioning")
     for kind in ("float32", "bfloat16"):
-        for count, beams in ((32, 5), (256, 5), (256, 1)) if full else ((4, 2),):
+        for count, beams in ((32, 5), (256, 5)) if full else ((4, 2),):
             embeddings = torch.randn(count, clip_dim, device=device)
             with precision(kind):
                 model_of(kind); sync()
                 started = time.perf_counter()
                 generate_ids(embeddings, model_of(kind), tokens, beams).cpu()
                 first = time.perf_counter() - started
-                took = timed(lambda: generate_ids(embeddings, model_of(kind), tokens, beams), 1, 3)
+                took = timed(lambda: generate_ids(embeddings, model_of(kind), tokens, beams), 1, 1)
                 row = told[f"{kind}, {count} photos, {beams} beams, {tokens} tokens"] = {"photos_a_second": count/took, "ms_a_token": took/tokens*1e3, "first_call_seconds": first}
-                if count == 32 or not full: row["kernels"] = (k := kernels(lambda: generate_ids(embeddings, model_of(kind), tokens, beams), 1)); row["gpu_busy"] = k["gpu_seconds"]/took
+                if (count, kind) == (32, "bfloat16") or not full: row["kernels"] = (k := kernels(lambda: generate_ids(embeddings, model_of(kind), tokens, beams), 1)); row["gpu_busy"] = k["gpu_seconds"]/took
 
 
 def embedding():
@@ -394,11 +383,7 @@ def embedding():
     side, told = clip_sizes["image_resolution"], table("photos_a_second")
     real = torch.stack([preprocess(read_photo(p)) for p in photos[:4]])
     reference = encode_images(cpu, real)
-    told["difference from the CPU"] = {"as clipcap leaves PyTorch": relative(encode_images(model, real), reference)}
-    conv = torch.backends.cudnn.conv
-    before, conv.fp32_precision = conv.fp32_precision, "ieee"
-    told["difference from the CPU"]["convolutions in IEEE, too"] = relative(encode_images(model, real), reference)
-    conv.fp32_precision = before
+    told["difference from the CPU"] = relative(encode_images(model, real), reference)
     for count in (64, 512) if full else (4,):
         images = torch.randn(count, 3, side, side, device=device)
         for kind in ("float32", "tf32", "bfloat16"):
@@ -441,58 +426,43 @@ def devices():
 
 
 # what a better design would reach ------------------------------------------------------------------------------------------------------
-def static_loss(model, embedding, ids, mask):
-    "The same loss from padded rows: causal attention alone, no masks, no places, nothing that the host has to know."
-    prefix = model.prefix(embedding)
-    words = model.gpt2.get_input_embeddings()(ids[:, :-1])
-    hidden = model.gpt2.base_model(inputs_embeds=torch.cat([prefix.to(words.dtype), words], 1), use_cache=False)[0][:, prefix.shape[1] - 1:]
-    losses = token_losses(hidden.flatten(0, 1), model.gpt2.get_output_embeddings(), ids.flatten(), chunk=1024)
-    return (losses*mask.flatten()).sum()/mask.sum()
-
-
-def graph_step():
-    "The whole step as one CUDA graph, captions padded to 24 (or the longest) tokens."
-    told, given = table("graph_step"), batches(10 if full else 2)
-    longest = max(24, max(b["input_ids"].shape[1] for b in given))
-    pad = model_of().tokenizer.pad_token_id
-    rows = [{"embedding": b["embedding"], "ids": F.pad(b["input_ids"], (0, longest - b["input_ids"].shape[1]), value=pad),
-             "mask": F.pad(b["attention_mask"], (0, longest - b["attention_mask"].shape[1]))} for b in given]
-    rows = [on(r, device) for r in rows]
-    for kind in ("float32", "tf32", "bfloat16"):
-        model = model_of(kind)
-        with precision(kind):
-            expected = loss_and_gradients(mean_loss(model, on(given[0], device)), model.mapping_network)
-            found = loss_and_gradients(static_loss(model, **rows[0]), model.mapping_network)
-            row = told[kind] = {"same as ours": [relative(found[:1], expected[:1]), relative(found[1:], expected[1:])], "padded_to": longest}
-            model.train()
-            optimizer, held = optimizer_of(model, **({"capturable": True} if cuda else {})), {k: v.clone() for k, v in rows[0].items()}
-            def step():
-                optimizer.zero_grad(set_to_none=True)
-                loss = static_loss(model, **held)
-                loss.backward()
-                optimizer.step()
-                return loss
-            if cuda:
-                side = torch.cuda.Stream(); side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    for _ in range(3): step()
-                torch.cuda.current_stream().wait_stream(side)
-                row["eager_ms"] = timed(step, 5, 3)*1e3
-                optimizer.zero_grad(set_to_none=True)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph): step()
-                turn = iter(range(10**9))
-                def replay():
-                    new = rows[next(turn) % len(rows)]
-                    for k, v in held.items(): v.copy_(new[k])
-                    graph.replay()
-            else: replay = step
-            took = timed(replay, 10 if full else 1)
-            row |= {"ms": took*1e3, "captions_a_second": 32/took, "minutes_of_30_epochs": 6090*took/60}
-            if cuda: row |= {f"graph_{k}": v for k, v in kernels(replay).items() if k in ("gpu_seconds", "launches", "top")}; del graph
-            model.eval()
-            del optimizer
-        gc.collect()
+def captured():
+    "The training step as it is recorded on a GPU: equality with the plain one, and milliseconds of its pieces."
+    told, config = table("captured"), config_of()
+    for each, label in ((1, "one caption an image"), (5, "five")):
+        given = batches(10 if full else 2, each)
+        for kind in ("float32", "tf32", "bfloat16"):
+            model = model_of(kind)
+            with precision(kind):
+                gradient = CapturedGradient(model.eval(), 32, config.max_length)
+                def found(batch):
+                    total = gradient([batch])[0].float()
+                    return torch.cat([total[None], *(p.grad.flatten() for p in model.mapping_network.parameters() if p.grad is not None)])
+                with warnings.catch_warnings(record=True) as warned:
+                    warnings.simplefilter("always")
+                    found(given[0])
+                rows, worst = [(found(b).clone(), loss_and_gradients(mean_loss(model, on(b, device)), model.mapping_network)) for b in given[:3]], [0, 0]
+                for (a, b), batch in zip(rows, given):
+                    tokens = batch["attention_mask"].sum()
+                    worst = [max(worst[0], relative(a[:1]/tokens, b[:1])), max(worst[1], relative(a[1:], b[1:]))]
+                row = told[f"{label}, {kind}"] = {"loss and gradient against the plain step": worst, "recorded": gradient.compute.records, "shapes": len(gradient.compute.graphs),
+                                                  "told": [str(w.message)[:300] for w in warned]}
+                model.train()
+                gradient, optimizer, turn = CapturedGradient(model, 32, config.max_length), optimizer_of(model), iter(range(10**9))
+                def step(update=True):
+                    gradient([given[next(turn) % len(given)]])
+                    if update: optimizer.step(); optimizer.zero_grad()
+                for _ in given: step()
+                row |= {"ms": timed(step, len(given), 3)*1e3, "ms_of_the_gradient": timed(lambda: step(False), len(given), 3)*1e3, "host_waits": syncs(step)}
+                row |= kernels(step) if each == 1 else {}
+                row |= {"captions_a_second": len(given[0]["input_ids"])/row["ms"]*1e3, "shapes": len(gradient.compute.graphs)}
+                if cuda: row["peak_gb"] = torch.cuda.max_memory_allocated()/1e9
+                model.eval()
+                del gradient, optimizer
+            gc.collect()
+    started = time.perf_counter()
+    row = [b["input_ids"].shape for b in epoch_loader(FlickrDataset(captions, Embeddings(scratch/"embeddings.safetensors"), model.tokenizer), config, 1)]
+    told["ms_to_make_a_batch"] = (time.perf_counter() - started)/len(row)*1e3
 
 
 class StaticBeams:
@@ -577,13 +547,13 @@ def static_beams():
                 if count <= 32:
                     expected = generate_ids(embeddings, model_of(kind), tokens)
                     row["equal to generate_ids"] = f"{sum(a.tolist() == b.tolist() for a, b in zip(found, expected))} of {count}"
-                took = timed(lambda: beams(embeddings), 1, 5)
+                took = timed(lambda: beams(embeddings), 1, 3)
             told[f"{kind}, {count} photos, 5 beams, {tokens} tokens"] = row | {"photos_a_second": count/took, "ms_a_token": took/tokens*1e3}
             del beams
             gc.collect()
 
 
-parts = [prepare, facts, limits, equality, captions_equal, steps, determinism, explaining, epochs, resuming, captioning, embedding, devices, graph_step, static_beams]
+parts = [prepare, facts, explaining, equality, captions_equal, limits, captured, epochs, static_beams, captioning, embedding, resuming, devices, steps, determinism]
 for part in parts:
     name = part.__name__
     if args.only and name not in ("prepare", *args.only.split(",")): continue

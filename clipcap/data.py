@@ -36,6 +36,7 @@ from .formats.photos import READING, read_photo
 from .formats.readers import (SPLITS, Photos, as_photos, check_official, find_layout, find_source, random_split,
                                      read_table)
 from .formats.tokenizer import enclose, token_ids
+from .networks.packing import exact_float32
 from .runs.files import asset_path, atomic_path, hash_file, outputs_dir, project_root, resolve_path
 
 # %% ../nbs/01_data.ipynb #adf52051
@@ -116,6 +117,7 @@ def load_clip(
         digest.update(key.encode() + tensor.numpy().tobytes())
     label = name if name in ENCODERS or not resolve_path(name).is_file() else resolve_path(name).name
     model.encoder_id = f"{label}@{digest.hexdigest()[:16]}"
+    exact_float32()
     return model.to(device), preprocess, model.encoder_id
 
 # %% ../nbs/01_data.ipynb #9d0c1a02

@@ -27,7 +27,7 @@ from .formats.photos import preprocess_photos
 from .formats.tokenizer import gpt2_path, load_tokenizer
 from .networks.language_models import caption_losses, continue_prefix, last_logits, load_gpt2
 from .networks.mapping import check_heads, prepare_embeddings
-from .networks.packing import OneTokenMemoryLayer, keep_freed_memory, pick_dtype
+from .networks.packing import OneTokenMemoryLayer, exact_float32, keep_freed_memory, pick_dtype
 from .runs.hashes import hash_once
 
 # %% ../nbs/02_model.ipynb #7ad21ebb
@@ -378,7 +378,7 @@ def load_model(
         feedforward_dim=config.feedforward_dim, dropout=config.dropout)
     prepare_embeddings(network, clip_dim, config.embedding_scaling, config.embedding_noise, config.embedding_dropout)
     keep_freed_memory()
-    torch.backends.fp32_precision = "ieee"  # no TF32: where float32 is asked for, it is float32
+    exact_float32()
     if config.gpt2_tuning == "none": gpt2.to(pick_dtype(config.precision, device, width))
     elif config.precision == "bfloat16":
         raise ValueError(f"precision='bfloat16' is too coarse to learn in; gpt2_tuning={config.gpt2_tuning!r} needs 'auto' or 'float32'")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['epoch_loader', 'validation_loss', 'validation_cider', 'validate', 'finish_epoch', 'trained_so_far', 'resume',
-           'forget_later', 'NotFinite', 'compute_gradient', 'train_epoch', 'train', 'training_sets', 'train_run',
-           'plot_losses', 'watch', 'train_stage', 'main']
+           'forget_later', 'compute_gradient', 'train_epoch', 'train', 'training_sets', 'train_run', 'plot_losses',
+           'watch', 'train_stage', 'main']
 
 # %% ../nbs/03_train.ipynb #2ffcf2fd
 import json
@@ -13,8 +13,9 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -28,15 +29,16 @@ from tqdm import tqdm
 
 from .core import Config, Run, open_run, parse_changes
 from .data import Data, FlickrDataset, load_data, prepare_data
-from .decoding.load import save_weights
+from .decoding.load import save_weights, weight_files
 from .decoding.recorded import check_prepared, clip_encoder, complete_recipe, other_code, recipe_changes, training_recipe
 from .formats.store import EmbeddingStore
 from .formats.store_dataset import StoreDataset
 from .model import ClipCapModel, caption_images, check_features, gpt2_hash, load_model, trained_weights
 from .networks.mapping import fit_scaling
+from .optim.captured import CapturedGradient, NotFinite, can_capture
 from .optim.processes import seed_process, shared_randomness, split_batch, start_accelerator, sum_over_processes
 from .optim.schedules import Average, group_batches, learning_rate_schedule, parameter_groups, should_stop
-from .runs.checkpoints import best_epoch, load_checkpoint, read_metrics, save_checkpoint
+from .runs.checkpoints import Writer, best_epoch, load_checkpoint, read_metrics, save_checkpoint
 from .runs.files import atomic_path, resolve_path, write_json
 from .scoring.metrics import score
 
@@ -100,7 +102,8 @@ def validate(
     state = PartialState()
     rank, world = state.process_index, state.num_processes
     own = Subset(val_set, range(len(val_set)*rank//world, len(val_set)*(rank + 1)//world))
-    marks = {"val_loss": validation_loss(model, DataLoader(own, config.eval_batch_size, collate_fn=val_set.collate))}
+    size = config.eval_batch_size if model.device.type == "cpu" else max(4096, config.eval_batch_size)  # a GPU waits for Python otherwise
+    marks = {"val_loss": validation_loss(model, DataLoader(own, size, collate_fn=val_set.collate))}
     if config.best_by == "cider": marks["val_cider"] = validation_cider(model, val_set, config)
     return marks
 
@@ -120,14 +123,21 @@ def finish_epoch(
     config: Config,  # which checkpoints are kept
     name: str = "last.pt",  # file to resume from
     first: int = 1,  # earlier epochs are another stage's: their checkpoints stay
+    write: Callable = lambda work, *args: work(*args),  # or a `Writer`
 ):
     "Write a checkpoint, the metrics and, last, what resuming needs; then remove checkpoints that are not kept."
     epoch = metrics["epoch"]
-    with average.in_place(): save_weights(folder, model, epoch)
+    with average.in_place(): files = weight_files(model, epoch)
+    last = {"epoch": epoch, "mapping_network": model.mapping_network.state_dict(), "gpt2": trained_weights(model.gpt2),
+            "average": average.state_dict(), "optimizer": optimizer.state_dict(), "recipe": json.dumps(recipe)}
+    write(_write_epoch, folder, files, metrics, last, config, name, first)
+
+
+def _write_epoch(folder, files, metrics, last, config, name, first):
+    epoch = metrics["epoch"]
+    for file, state in files.items(): save_checkpoint(folder/"checkpoints"/file, state)
     _write_metrics(folder, [*(m for m in read_metrics(folder) if m["epoch"] < epoch), metrics])  # in place of an interrupted epoch's
-    save_checkpoint(folder/"checkpoints"/name, {
-        "epoch": epoch, "mapping_network": model.mapping_network.state_dict(), "gpt2": trained_weights(model.gpt2),
-        "average": average.state_dict(), "optimizer": optimizer.state_dict(), "recipe": json.dumps(recipe)})
+    save_checkpoint(folder/"checkpoints"/name, last)
     if config.keep == "best":
         own = [m for m in read_metrics(folder) if m["epoch"] >= first]
         kept = {epoch, best_epoch(own, config.best_by), *range(first)}
@@ -187,18 +197,6 @@ def forget_later(
     if any(m["epoch"] > epoch for m in read_metrics(folder)): _write_metrics(folder, [m for m in read_metrics(folder) if m["epoch"] <= epoch])
 
 # %% ../nbs/03_train.ipynb #82b421cf
-class NotFinite(FloatingPointError):
-    "The loss of a batch is NaN or infinite."
-
-    def __init__(
-        self,
-        batch: dict,  # from `epoch_loader`
-        losses: torch.Tensor,  # (B,) of its captions
-    ):
-        super().__init__("the loss is not finite")
-        self.batch, self.losses = batch, losses
-
-
 def compute_gradient(
     model: nn.Module,  # a `ClipCapModel`, as accelerate wraps it; its gradients are added to
     batches: list[dict],  # of one step, from `epoch_loader`
@@ -235,27 +233,29 @@ def _not_finite(folder, epoch, batch, losses):
 
 # %% ../nbs/03_train.ipynb #373e2915
 def train_epoch(
+    gradient: Callable,  # batches of a step -> summed loss, tokens: `compute_gradient` or a `CapturedGradient`
     model: nn.Module,  # as accelerate wraps it
     steps: tqdm,  # progress bar over lists of batches, one list per step
     optimizer: torch.optim.Optimizer,  # AdamW
     schedule,  # from `learning_rate_schedule`
     average: Average,  # of the weights, or none
     accelerator: Accelerator,  # of this process
-    config: Config,  # its `clip_norm` and `label_smoothing`
+    config: Config,  # its `clip_norm`
 ) -> float:  # mean loss, nats per token
     "Take the optimizer steps of one epoch."
     total, tokens = 0.0, 0
     model.train()
-    for batches in steps:
-        loss, count = compute_gradient(model, batches, accelerator, config.label_smoothing)
+    for number, batches in enumerate(steps):
+        loss, count = gradient(batches)
         if config.clip_norm: accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         average.update()
         total, tokens = total + loss, tokens + count
-        steps.set_postfix(loss=f"{total*accelerator.num_processes/tokens:.3f}", refresh=False)
-    return sum_over_processes(total)[0]/tokens
+        if isinstance(loss, float) or number % 50 == 0:  # reading it from a GPU takes time
+            steps.set_postfix(loss=f"{total*accelerator.num_processes/tokens:.3f}", refresh=False)
+    return sum_over_processes(float(total))[0]/tokens
 
 # %% ../nbs/03_train.ipynb #9b08afbe
 def train(
@@ -267,6 +267,11 @@ def train(
     recipe: dict,  # what the weights depend on, for `resume`
 ) -> pd.DataFrame:  # one row per epoch
     "Train the mapping network, and what is tuned of GPT-2, from the last finished epoch on."
+    with Writer(beside=model.device.type == "cuda") as write: _train(model, train_set, val_set, config, folder, recipe, write)
+    return pd.DataFrame([m for m in read_metrics(folder) if m["epoch"] <= config.epochs])
+
+
+def _train(model, train_set, val_set, config, folder, recipe, write):
     accelerator = start_accelerator(config.device)
     rank, world, writes = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     optimizer = torch.optim.AdamW(parameter_groups(model, config), config.learning_rate, weight_decay=config.weight_decay, fused=True)
@@ -275,23 +280,27 @@ def train(
     steps = -(-len(train_set)//(config.batch_size*config.accumulate))
     schedule = learning_rate_schedule(optimizer, config, steps, finished)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
+    captured = CapturedGradient(model, config.batch_size, config.max_length, config.label_smoothing) if can_capture(model, config, world) else None
+    gradient = captured or partial(compute_gradient, wrapped, accelerator=accelerator, label_smoothing=config.label_smoothing)
     for epoch in range(finished + 1, config.epochs + 1):
+        if config.patience: write.wait()
         if should_stop([m for m in read_metrics(folder) if m["epoch"] < epoch], config): break
         if writes: forget_later(folder, epoch - 1)
         seed_process(config.seed, epoch, rank)
         started = time.monotonic()
         groups = group_batches(epoch_loader(train_set, config, epoch, rank, world), config.accumulate)
         bar = tqdm(groups, f"epoch {epoch}/{config.epochs}", steps, unit="step", **({} if writes else {"disable": True}))
-        try: train_loss = train_epoch(wrapped, bar, optimizer, schedule, average, accelerator, config)
+        try:
+            train_loss = train_epoch(gradient, wrapped, bar, optimizer, schedule, average, accelerator, config)
+            if captured: captured.check()
         except NotFinite as error: raise _not_finite(folder, epoch, error.batch, error.losses) from None
         seconds = time.monotonic() - started
         with average.in_place(): marks = validate(model, val_set, config)
         if writes: finish_epoch(folder, model, optimizer, average, recipe, {
             "epoch": epoch, "train_loss": train_loss, **marks,
             "learning_rate": optimizer.param_groups[0]["lr"], "seconds": round(seconds, 2),
-            "captions_per_second": round(len(train_set)/seconds, 1), "precision": model.precision}, config)
+            "captions_per_second": round(len(train_set)/seconds, 1), "precision": model.precision}, config, write=write)
         accelerator.wait_for_everyone()
-    return pd.DataFrame([m for m in read_metrics(folder) if m["epoch"] <= config.epochs])
 
 # %% ../nbs/03_train.ipynb #4b68d979
 def training_sets(

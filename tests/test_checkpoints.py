@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from clipcap.core import Run
-from clipcap.runs.checkpoints import best_epoch, checkpoint_path, checkpoint_paths, load_checkpoint, read_metrics, save_checkpoint
+from clipcap.runs.checkpoints import Writer, best_epoch, checkpoint_path, checkpoint_paths, load_checkpoint, read_metrics, save_checkpoint
 
 LINES = [{"epoch": n, "val_loss": loss, "val_cider": cider} for n, loss, cider in ((1, 3.0, 0.1), (2, 2.0, 0.3), (3, 2.5, 0.4), (4, 2.0, 0.4))]
 
@@ -85,3 +85,23 @@ def test_checkpoints_are_found(run, epoch, found):
 def test_missing_epoch_and_missing_training_are_named(run, tmp_path):
     with pytest.raises(ValueError, match=r"no checkpoint of epoch 3; there are \[2, 10\]"): checkpoint_path(run, 3)
     with pytest.raises(ValueError, match="run 'empty' has no checkpoint; train it first: papermill nbs/03_train.ipynb"): checkpoint_path(Run("empty", tmp_path))
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_writer_writes_in_order_what_was_there_when_it_was_asked(beside):
+    written, state = [], {"w": torch.zeros(2)}
+    with Writer(beside) as write:
+        for n in range(4):
+            write(lambda given: written.append(given["w"].tolist()), state)
+            state["w"] += 1
+    assert written == [[float(n)]*2 for n in range(4)]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_writer_raises_what_its_work_raised(beside):
+    def fail(): raise OSError("the disk is full")
+    with pytest.raises(OSError, match="the disk is full"), Writer(beside) as write: write(fail)
+    with pytest.raises(OSError, match="the disk is full"), Writer(beside) as write: write(fail), write(print)
+    with pytest.raises(KeyboardInterrupt), Writer(beside) as write:  # what was begun is finished first
+        write([].append, 1)
+        raise KeyboardInterrupt

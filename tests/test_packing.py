@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.activations import NewGELUActivation
 
 from clipcap.networks import packing
-from clipcap.networks.packing import OneTokenMemoryLayer, first_fit, fuse_gelu, has_bf16, hidden_states, pack, pack_attention, packed_attention, pick_dtype, token_losses
+from clipcap.networks.packing import OneTokenMemoryLayer, exact_float32, first_fit, fuse_gelu, has_bf16, hidden_states, pack, pack_attention, packed_attention, pick_dtype, token_losses
 
 LENGTHS, IMAGE_OF = [4, 3, 5], [0, 0, 1]  # P P a b c d e, P P f g h i
 
@@ -126,11 +126,35 @@ def test_bfloat16_is_used_where_there_is_hardware(monkeypatch, hardware, precisi
         with pytest.raises(ValueError, match=r"precision='bfloat16' has no hardware here \(cpu\)"): pick_dtype(precision, "cpu", width)
 
 
-@pytest.mark.parametrize("waits, expected", [([2]*6 + [1]*6, True), ([1]*6 + [100]*6, False)])
-def test_the_clock_decides_about_hardware(monkeypatch, waits, expected):
-    ticks = iter([tick for wait in waits for tick in (0, wait)])
-    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
-    assert has_bf16.__wrapped__(side=2) == expected
+
+@pytest.mark.parametrize("machine, avx512, amx, arm, expected", [("x86_64", True, False, True, True), ("x86_64", False, False, True, False),
+                                                                 ("AMD64", False, True, True, True), ("aarch64", False, False, True, True), ("aarch64", True, True, False, False)])
+def test_the_hardware_is_asked(monkeypatch, machine, avx512, amx, arm, expected):
+    "On x86, oneDNN also says yes where it emulates."
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: arm)
+    assert has_bf16("cpu") is expected and has_bf16("mps") is False
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("smoothing, bias", [(0., True), (0.2, True), (0.1, False)])
+def test_words_that_are_added_for_a_gpu_change_nothing(monkeypatch, smoothing, bias):
+    head, targets = nn.Linear(7, 11, bias=bias).double().requires_grad_(False), torch.tensor([0, 10, 3, 3, 7])
+    def losses():
+        hidden = torch.linspace(-2, 2, 35, dtype=torch.float64).view(5, 7).requires_grad_()
+        found = token_losses(hidden, head, targets, 2, smoothing)
+        return found.detach(), torch.autograd.grad(found.sum(), hidden)[0]
+    wanted = losses()
+    monkeypatch.setattr(packing, "_aligned", packing._pad_words)
+    assert packing._pad_words(head.weight, head.bias)[0].shape == (64, 7)
+    for a, b in zip(losses(), wanted): assert_close(a, b)
+
+
+def test_float32_is_float32():
+    exact_float32()
+    assert torch.backends.cudnn.conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee" and not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 COUNT_PAGES = """

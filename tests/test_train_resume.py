@@ -103,7 +103,7 @@ def interrupted(tiny, monkeypatch):
     train_run(whole, config)
     parts, config = tiny(name="parts-recipe", **EVERYTHING)
     real = module.finish_epoch
-    def stop(*args): real(*args); raise KeyboardInterrupt
+    def stop(*args, **more): real(*args, **more); raise KeyboardInterrupt
     monkeypatch.setattr(module, "finish_epoch", stop)
     with pytest.raises(KeyboardInterrupt): train_run(parts, config)
     monkeypatch.setattr(module, "finish_epoch", real)
@@ -114,7 +114,7 @@ def test_all_options_at_once_resume_and_lost_weights_are_written_again(interrupt
     parts, whole, config = interrupted
     later, seen, real = parts.path/"checkpoints/mapping_network_epoch_2.pth", [], module.finish_epoch
     shutil.copy(parts.path/"checkpoints/mapping_network_epoch_1.pth", later)  # of an epoch that did not end
-    def look(*args): seen.append(later.is_file()); real(*args)
+    def look(*args, **more): seen.append(later.is_file()); real(*args, **more)
     monkeypatch.setattr(module, "finish_epoch", look)
     train_run(parts, config)
     assert seen == [False, True] and checkpoints(parts) == checkpoints(whole)

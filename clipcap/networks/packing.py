@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['Packed', 'first_fit', 'pack', 'packed_attention', 'pack_attention', 'hidden_states', 'token_losses',
-           'OneTokenMemoryLayer', 'fuse_gelu', 'has_bf16', 'pick_dtype', 'keep_freed_memory']
+           'OneTokenMemoryLayer', 'fuse_gelu', 'has_bf16', 'pick_dtype', 'exact_float32', 'keep_freed_memory']
 
 # %% ../../nbs/networks/packing.ipynb #92f6e67c
 import ctypes
-import time
+import platform
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +87,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     if left_out: raise ValueError(f"fused attention computes no {left_out[0]}; use the model's eager attention")
     if place is None:
         return fused(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options)
+    if isinstance(place, str): return fused(module, query, key, value, None, scaling=scaling, dropout=dropout, is_causal=True)  # rows padded at the end
     R, _, T, _ = attention_mask.shape
 
     def in_rows(x):  # (1, heads, N, d) -> (R, heads, T, d)
@@ -125,9 +125,24 @@ def hidden_states(
                             attention_mask=mask, place=packed.place, use_cache=False)[0][0]
 
 # %% ../../nbs/networks/packing.ipynb #0dc92ecc
+def _aligned(weight, bias):
+    "On a GPU, whose products are faster so, add words of probability zero; made once for a weight."
+    if weight.device.type != "cuda" or len(weight) % 8 == 0: return weight, bias
+    now = weight.data_ptr(), weight.dtype
+    if getattr(weight, "aligned", [None])[0] != now: weight.aligned = now, *_pad_words(weight.detach(), bias)
+    return weight.aligned[1:]
+
+
+def _pad_words(weight, bias):
+    "Add words of probability zero, up to a multiple of 64."
+    more, bias = -len(weight) % 64, weight.new_zeros(len(weight)) if bias is None else bias.detach()
+    return F.pad(weight, (0, 0, 0, more)), F.pad(bias, (0, more), value=-torch.inf)
+
+# %% ../../nbs/networks/packing.ipynb #e65ca284
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk, smoothing):
+        V, (weight, bias) = len(weight), _aligned(weight, bias)
         wide = torch.promote_types(hidden.dtype, torch.float32)  # bfloat16 is too coarse for a softmax
         losses, gradient = hidden.new_empty(len(hidden), dtype=wide), None
         if ctx.needs_input_grad[0]: gradient = torch.empty_like(hidden)
@@ -135,13 +150,13 @@ class _TokenLosses(torch.autograd.Function):
             rows = slice(start, start + chunk)
             logits, right = F.linear(hidden[rows], weight, bias).to(wide), targets[rows, None]
             top, said = logits.amax(1, keepdim=True), (1 - smoothing)*logits.gather(1, right)
-            if smoothing: said += smoothing*logits.mean(1, keepdim=True)
+            if smoothing: said += smoothing*logits[:, :V].mean(1, keepdim=True)
             p = logits.sub_(top).exp_()  # in place: no second table
             total = p.sum(1, keepdim=True)
             losses[rows] = (total.log() + top - said)[:, 0]
             if gradient is None: continue
             p.div_(total).scatter_add_(1, right, torch.full_like(said, smoothing - 1))
-            if smoothing: p -= smoothing/p.shape[1]
+            if smoothing: p[:, :V] -= smoothing/V
             gradient[rows] = p.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
         return losses
@@ -156,13 +171,13 @@ def token_losses(
     hidden: torch.Tensor,  # (N, d) last hidden states
     head: nn.Linear,  # output layer, (V, d)
     targets: torch.Tensor,  # (N,) token ids
-    chunk: int = 256,  # tokens whose logits exist at the same time
+    chunk: int | None = None,  # tokens whose logits exist at the same time; None: 256, or 2048 on a GPU
     smoothing: float = 0.,  # fraction of each target that is spread over the vocabulary (Szegedy et al. 2016, §7)
 ) -> torch.Tensor:  # (N,) -log p of each target, in nats, float32 or float64
     "Compute the cross-entropy of an output layer, in chunks where the layer is frozen."
     if head.weight.requires_grad and torch.is_grad_enabled():
         return F.cross_entropy(head(hidden).to(torch.promote_types(hidden.dtype, torch.float32)), targets, reduction="none", label_smoothing=smoothing)
-    return _TokenLosses.apply(hidden, head.weight, head.bias, targets, chunk, smoothing)
+    return _TokenLosses.apply(hidden, head.weight, head.bias, targets, chunk or (256 if hidden.device.type == "cpu" else 2048), smoothing)
 
 # %% ../../nbs/networks/packing.ipynb #5a0c1e06
 class OneTokenMemoryLayer(nn.TransformerDecoderLayer):
@@ -192,21 +207,14 @@ def fuse_gelu(
     return model
 
 # %% ../../nbs/networks/packing.ipynb #5a0c1e09
-@lru_cache
 def has_bf16(
     device: str = "cpu",  # where to compute
-    side: int = 512,  # size of the products that are timed
-) -> bool:  # True where bfloat16 multiplies at least 1.5 times as fast as float32
-    "Measure whether a device multiplies bfloat16 in hardware."
-    best = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, times = torch.ones(side, side, device=device, dtype=dtype), []
-        for _ in range(6):
-            started = time.perf_counter()
-            (a @ a).sum().item()  # waits for a GPU
-            times.append(time.perf_counter() - started)
-        best[dtype] = min(times[1:])
-    return best[torch.float32] > 1.5*best[torch.bfloat16]
+) -> bool:  # False where bfloat16 would be emulated, and where PyTorch can't tell
+    "Ask whether a device multiplies bfloat16 in hardware; the answer does not depend on what else the machine does."
+    if torch.device(device).type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.device(device).type != "cpu": return False
+    if platform.machine() in ("x86_64", "AMD64"): return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()  # on Arm; on x86 it counts emulation too
 
 
 def pick_dtype(
@@ -219,6 +227,12 @@ def pick_dtype(
     if has_bf16(device): return torch.bfloat16
     raise ValueError(f"precision='bfloat16' has no hardware here ({device}) and would be emulated, a hundred times "
                      "slower; use 'auto' or 'float32'")
+
+# %% ../../nbs/networks/packing.ipynb #10c81b98
+def exact_float32():
+    "Let float32 be float32 on a GPU (no TF32), and leave out cuDNN's attention, which plans anew for each shape; does nothing elsewhere."
+    torch.backends.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 # %% ../../nbs/networks/packing.ipynb #5a0c1e12
 def keep_freed_memory():
