@@ -38,7 +38,6 @@ warnings.simplefilter("ignore")
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import clipcap.train
@@ -319,7 +318,7 @@ def train_settings(store, epochs, kind):
 
 
 def epochs():
-    "Two epochs of the recipe by `train_stage`: all 6,472 training images where captions.txt is Flickr8k's; and what an epoch waits for beside training."
+    "Two epochs of the recipe by `train_stage`, and in bfloat16 all 30: all 6,472 training images where captions.txt is Flickr8k's; and what an epoch waits for beside training."
     told = table("epochs")
     def timing(name, work):
         def run(*a, **k):
@@ -330,7 +329,7 @@ def epochs():
     for kind in ("float32", "bfloat16"):
         parts, started, own = {}, time.monotonic(), {name: getattr(clipcap.train, name) for name in ("validate", "finish_epoch", "load_model", "load_data")}
         for name, work in own.items(): setattr(clipcap.train, name, timing(name, work))
-        try: metrics = train_stage(f"epochs-{kind}", **train_settings("embeddings", 2, kind))
+        try: metrics = train_stage(f"epochs-{kind}", **train_settings("embeddings", 30 if full and kind == "bfloat16" else 2, kind))
         finally:
             for name, work in own.items(): setattr(clipcap.train, name, work)
         told[kind] = {"training_seconds_an_epoch": metrics.seconds.tolist(), "captions_a_second": metrics.captions_per_second.tolist(),
@@ -361,7 +360,7 @@ def resuming():
 
 
 def captioning():
-    "Photos a second by `generate_ids`, from embeddings; random weights never end a caption, so all tokens are written."
+    "Photos a second by transformers' `generate`, from embeddings; random weights never end a caption, so all tokens are written."
     tokens, told = 40 if full else 8, table("captioning")
     for kind in ("float32", "bfloat16"):
         for count, beams in ((32, 5), (256, 5)) if full else ((4, 2),):
@@ -369,11 +368,19 @@ def captioning():
             with precision(kind):
                 model_of(kind); sync()
                 started = time.perf_counter()
-                generate_ids(embeddings, model_of(kind), tokens, beams).cpu()
+                generate_ids(embeddings, model_of(kind), tokens, beams, processors=(lambda written, scores: scores,)).cpu()
                 first = time.perf_counter() - started
-                took = timed(lambda: generate_ids(embeddings, model_of(kind), tokens, beams), 1, 1)
+                took = timed(lambda: generate_ids(embeddings, model_of(kind), tokens, beams, processors=(lambda written, scores: scores,)), 1, 1)
                 row = told[f"{kind}, {count} photos, {beams} beams, {tokens} tokens"] = {"photos_a_second": count/took, "ms_a_token": took/tokens*1e3, "first_call_seconds": first}
-                if (count, kind) == (32, "bfloat16") or not full: row["kernels"] = (k := kernels(lambda: generate_ids(embeddings, model_of(kind), tokens, beams), 1)); row["gpu_busy"] = k["gpu_seconds"]/took
+                if (count, kind) == (32, "bfloat16") or not full: row["kernels"] = (k := kernels(lambda: generate_ids(embeddings, model_of(kind), tokens, beams, processors=(lambda written, scores: scores,)), 1)); row["gpu_busy"] = k["gpu_seconds"]/took
+
+
+class Pixels(torch.utils.data.Dataset):
+    "Photos, preprocessed where they are read."
+
+    def __init__(self, preprocess, paths): self.preprocess, self.paths = preprocess, paths
+    def __len__(self): return len(self.paths)
+    def __getitem__(self, n): return self.preprocess(read_photo(self.paths[n]))
 
 
 def embedding():
@@ -384,13 +391,14 @@ def embedding():
     real = torch.stack([preprocess(read_photo(p)) for p in photos[:4]])
     reference = encode_images(cpu, real)
     told["difference from the CPU"] = relative(encode_images(model, real), reference)
+    with torch.autocast(device, torch.bfloat16): told["cosine of bfloat16"] = torch.cosine_similarity(encode_images(model, real), reference).min().item()
     for count in (64, 512) if full else (4,):
         images = torch.randn(count, 3, side, side, device=device)
         for kind in ("float32", "tf32", "bfloat16"):
             def look():
                 with torch.autocast(device, torch.bfloat16, enabled=kind == "bfloat16"): return encode_images(model, images)
             with precision(kind): told[f"CLIP alone, {count} at once, {kind}"] = count/timed(look, 2 if full else 1, 3)
-    folder, copies = scratch/"photos", 8 if full else 1
+    folder, copies = scratch/"photos", 24 if full else 3
     folder.mkdir(exist_ok=True)
     many = [f"{n}-{p.name}" for n in range(copies) for p in photos]
     for name in many: shutil.copy(data/"Images"/name.partition("-")[2], folder/name)
@@ -405,6 +413,14 @@ def embedding():
         for batch in read_ahead([folder/name for name in many], lambda path: preprocess(read_photo(path)), 64, workers):
             encode_images(model, torch.stack([image for _, image in batch]))
         told[f"read_ahead, {workers} threads"] = len(many)/(time.perf_counter() - started)
+    for workers in (8, 16) if full else (1,):
+        loader = iter(torch.utils.data.DataLoader(Pixels(preprocess, [folder/name for name in many]), 64, num_workers=workers))
+        encode_images(model, next(loader))
+        started, seen = time.perf_counter(), 0
+        for pixels in loader:
+            encode_images(model, pixels)
+            seen += len(pixels)
+        told[f"processes that read, {workers}"] = seen/(time.perf_counter() - started)
     whole = model_of("bfloat16", with_clip=True)
     started = time.perf_counter()
     written = [c for _, c in caption_stream(whole, [folder/name for name in many[:256]], 64, 20 if full else 6)]
@@ -465,95 +481,29 @@ def captured():
     told["ms_to_make_a_batch"] = (time.perf_counter() - started)/len(row)*1e3
 
 
-class StaticBeams:
-    "Beam search as `generate_ids` does it, in memory that stays where it is: a token is one CUDA graph."
-
-    def __init__(self, model, images, beams=5, tokens=40, penalty=1.):
-        self.model, self.gpt2, self.B, self.b, self.L, self.penalty = model, model.gpt2.base_model, images, beams, tokens, penalty
-        c, where = model.gpt2.config, model.device
-        self.P, self.V, R, self.heads = len(model.mapping_network.prefix_constants), c.vocab_size, images*beams, c.n_head
-        def zeros(*shape, **more): return torch.zeros(*shape, device=where, **more)
-        self.cache = zeros(2, c.n_layer, R, c.n_head, self.P + tokens, c.n_embd//c.n_head, dtype=model.gpt2.dtype)
-        self.t, self.last, self.full = zeros((), dtype=torch.long), zeros(R, dtype=torch.long), zeros(images, dtype=torch.bool)
-        self.ids, self.ended = zeros(images, beams, tokens, dtype=torch.long), zeros(images, beams, tokens, dtype=torch.long)
-        self.score, self.marks = zeros(images, beams), zeros(images, beams)
-        self.places, self.first, self.row = torch.arange(self.P + tokens, device=where), torch.arange(2*beams, device=where) < beams, torch.arange(images, device=where)[:, None]*beams
-        self.graph = None
-
-    def choose(self, log_p):  # (B, b, V)
-        b, tok = self.b, self.model.tokenizer
-        value, at = (self.score[:, :, None] + log_p).flatten(1).topk(2*b)
-        beam, token = at//self.V, at % self.V
-        def of(x, which): return x.gather(1, which[:, :, None].expand(-1, -1, self.L))
-        ids = of(self.ids, beam).index_copy(2, self.t[None], token[:, :, None])
-        over = (token == tok.eos_token_id) | (self.t == self.L - 1)
-        mark = torch.where(over & self.first & ~self.full[:, None], value/(self.t + 1)**self.penalty, -1e9)
-        marks, best = torch.cat([self.marks, mark], 1).topk(b)
-        self.ended.copy_(of(torch.cat([self.ended, ids], 1), best)); self.marks.copy_(marks); self.full.copy_((marks > -5e8).all(1))
-        score, order = torch.where(over, value - 1e9, value).topk(b)
-        self.score.copy_(score); self.ids.copy_(of(ids, order)); self.last.copy_(token.gather(1, order).flatten())
-        rows = (beam.gather(1, order) + self.row).flatten()
-        written = self.cache[..., self.P:, :]
-        written.copy_(written.index_select(2, rows))
-        self.t.add_(1)
-
-    def step(self):
-        place = self.P + self.t - 1
-        x, seen = self.gpt2.wte(self.last) + self.gpt2.wpe(place), (self.places <= place)[None, None, None]
-        for n, block in enumerate(self.gpt2.h):
-            q, k, v = block.attn.c_attn(block.ln_1(x)).view(len(x), 3, self.heads, -1).unbind(1)
-            for cached, new in zip(self.cache[:, n], (k, v)): cached.index_copy_(2, place[None], new[:, :, None])
-            x = x + block.attn.c_proj(F.scaled_dot_product_attention(q[:, :, None], *self.cache[:, n], attn_mask=seen).flatten(1))
-            x = x + block.mlp(block.ln_2(x))
-        self.choose(self.model.gpt2.get_output_embeddings()(self.gpt2.ln_f(x)).float().log_softmax(-1).view(self.B, self.b, -1))
-
-    @torch.inference_mode()
-    def __call__(self, embeddings):
-        from transformers import DynamicCache
-        prefix, cache = self.model.prefix(embeddings.to(self.model.device)).to(self.model.gpt2.dtype), DynamicCache(config=self.model.gpt2.config)
-        hidden = self.gpt2(inputs_embeds=prefix, past_key_values=cache, use_cache=True)[0][:, -1]
-        def begin():
-            for n, layer in enumerate(cache.layers):
-                for kept, new in zip(self.cache[:, n], (layer.keys, layer.values)): kept[:, :, :self.P] = new.repeat_interleave(self.b, 0)
-            self.t.zero_(); self.full.zero_(); self.ids.fill_(self.model.tokenizer.pad_token_id); self.ended.copy_(self.ids); self.marks.fill_(-1e9)
-            self.score.fill_(-1e9); self.score[:, 0] = 0
-            log_p = self.model.gpt2.get_output_embeddings()(hidden).float().log_softmax(-1)
-            self.choose(log_p[:, None].expand(-1, self.b, -1))
-        begin()
-        if self.graph is None and cuda:
-            side = torch.cuda.Stream(); side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2): self.step()
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph): self.step()
-            begin()
-        for n in range(self.L - 1):
-            if self.graph is None: self.step()
-            else: self.graph.replay()
-            if n % 4 == 3 and self.full.all(): break
-        ids = self.ended[:, 0]
-        return ids[:, :int((ids != self.model.tokenizer.pad_token_id).sum(1).max())]
-
-
-def static_beams():
-    tokens, told = 40 if full else 8, table("static_beams")
+def beams():
+    "Our beam search: ids equal to those of `generate`, and photos a second; lengths of 40 tokens, and of captions (random weights never end one)."
+    told, tokens = table("beams"), 40 if full else 8
     for kind in ("float32", "bfloat16"):
-        for count in (32, 256) if full else (4,):
-            embeddings, beams = torch.randn(count, clip_dim, device=device, generator=torch.Generator(device).manual_seed(6)), StaticBeams(model_of(kind), count, tokens=tokens)
+        for count in (32, 256, 1024) if full else (4,):
+            embeddings = torch.randn(count, clip_dim, device=device, generator=torch.Generator(device).manual_seed(6))
             with precision(kind):
-                found = beams(embeddings)
-                row = {}
+                row = told[f"{kind}, {count} photos, 5 beams, {tokens} tokens"] = {}
+                started = time.perf_counter()
+                found = generate_ids(embeddings, model_of(kind), tokens)
+                row["first_call_seconds"] = time.perf_counter() - started
                 if count <= 32:
-                    expected = generate_ids(embeddings, model_of(kind), tokens)
-                    row["equal to generate_ids"] = f"{sum(a.tolist() == b.tolist() for a, b in zip(found, expected))} of {count}"
-                took = timed(lambda: beams(embeddings), 1, 3)
-            told[f"{kind}, {count} photos, 5 beams, {tokens} tokens"] = row | {"photos_a_second": count/took, "ms_a_token": took/tokens*1e3}
-            del beams
-            gc.collect()
+                    expected = generate_ids(embeddings, model_of(kind), tokens, processors=(lambda written, scores: scores,))  # by transformers
+                    row["equal to generate"] = f"{sum(a.tolist() == b.tolist() for a, b in zip(found, expected))} of {count}"
+                took = timed(lambda: generate_ids(embeddings, model_of(kind), tokens), 1, 3)
+                row |= {"photos_a_second": count/took, "ms_a_token": took/tokens*1e3*min(1, 256/count)}
+                if count == 256: row |= kernels(lambda: generate_ids(embeddings, model_of(kind), tokens), 1)
+                if cuda: row["peak_gb"] = torch.cuda.max_memory_allocated()/1e9
+        model_of(kind).kept_search = [None]
+        gc.collect()
 
 
-parts = [prepare, facts, explaining, equality, captions_equal, limits, captured, epochs, static_beams, captioning, embedding, resuming, devices, steps, determinism]
+parts = [prepare, facts, explaining, captured, beams, epochs, captioning, embedding, resuming, equality, captions_equal, limits, devices, determinism, steps]
 for part in parts:
     name = part.__name__
     if args.only and name not in ("prepare", *args.only.split(",")): continue

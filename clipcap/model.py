@@ -27,6 +27,7 @@ from .formats.photos import preprocess_photos
 from .formats.tokenizer import gpt2_path, load_tokenizer
 from .networks.language_models import caption_losses, continue_prefix, last_logits, load_gpt2
 from .networks.mapping import check_heads, prepare_embeddings
+from .decoding.beam import beam_ids, can_search
 from .networks.packing import OneTokenMemoryLayer, exact_float32, keep_freed_memory, pick_dtype
 from .runs.hashes import hash_once
 
@@ -184,10 +185,16 @@ def generate_ids(
     processors: tuple = (),  # further `LogitsProcessor`s
     **options,  # others of transformers' `generate`
 ) -> torch.Tensor:  # (B*R, T) token ids, padded with `[PAD]`
-    "Continue each image's prefix with transformers' beam search, or sampling."
+    "Continue each image's prefix: by our beam search where that can (`can_search`), else by transformers' `generate`; the ids are the same."
     was_training, rows = model.training, max(num_beams, num_return_sequences)
     model.eval()
     prefix = model.prefix(embeddings.to(model.device)).to(model.gpt2.dtype)  # (B, P, d)
+    plain = not (temperature or processors or options.keys() - {"length_penalty"}) and num_return_sequences <= num_beams
+    if plain and can_search(model, prefix.shape[1] + max_length):
+        start = model.tokenizer.bos_token_id if start_token == "given" else None
+        ids = beam_ids(model, prefix, max_length, num_beams, num_return_sequences, start_token=start, **options)
+        model.train(was_training)
+        return ids
     averaged = [AveragedPredictions(model.ensemble, embeddings, rows)] if model.ensemble else []
     begin = [partial(_force_start_token, model.tokenizer.bos_token_id)] if start_token == "given" else []
     ids = continue_prefix(
