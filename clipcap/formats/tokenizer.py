@@ -28,6 +28,7 @@ _FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiec
 
 def load_tokenizer(
     name: str = "gpt2",  # as in `gpt2_path`
+    caption_format: str = "marked",  # "plain": nothing is added, there is no start token, and `<|endoftext|>` is padding
 ):  # tokenizer with `<|startoftext|>`, `<|endoftext|>` and `[PAD]`
     "Load GPT-2's tokenizer with the reference recipe's special tokens. Raises `ValueError` for a bad name."
     from transformers import AutoTokenizer, GPT2TokenizerFast
@@ -42,6 +43,9 @@ def load_tokenizer(
                          f"tokenizer nor a name that the hub answers ({error!s:.600}). Without a connection: "
                          "pass gpt2_model=FOLDER, with the hub's config.json, model.safetensors, "
                          "vocab.json and merges.txt in it") from None
+    if caption_format == "plain":
+        tokenizer.bos_token, tokenizer.pad_token = None, tokenizer.eos_token
+        return tokenizer
     special = {"bos_token": "<|startoftext|>", "pad_token": "[PAD]"}
     if tokenizer.eos_token is None: special["eos_token"] = "<|endoftext|>"
     tokenizer.add_special_tokens(special)

@@ -1,0 +1,274 @@
+"""The weights that ClipCap's authors published (clipcap.decoding.published, .mean_beams), against their networks and decoding written out here, in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from clipcap.core import open_run
+from clipcap.decoding.mean_beams import mean_beam_search
+from clipcap.decoding.published import published_model, read_published
+from clipcap.model import generate_from_embeddings, generate_ids
+from clipcap.networks.language_models import last_logits
+from clipcap.studies.flops import publish_gpt2
+
+WIDTH, FEW = 32, torch.randn(6, 20, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def drawn(shape, seed, size=0.3): return size*torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- the authors' networks, by the paper's definitions (§3.2) and the names in their files
+
+def perceptron(sizes, seed=0):
+    "Weights of linear layers with tanh between them: names of a sequence of modules."
+    pairs = [*zip(sizes, sizes[1:])]
+    return {f"model.{2*i}.{part}": drawn(shape, seed + 2*i + (part == "bias")) for i, (into, out) in enumerate(pairs) for part, shape in (("weight", (out, into)), ("bias", (out,)))}
+
+
+def perceptron_prefix(own, x, width):
+    return ((x @ own["model.0.weight"].T + own["model.0.bias"]).tanh() @ own["model.2.weight"].T + own["model.2.bias"]).view(len(x), -1, width)
+
+
+def transformer(clip_dim, length, layers, width=WIDTH, hidden=None, seed=0):
+    "Weights of the transformer; queries, keys and values have no bias."
+    hidden, shapes = hidden or 2*width, {"prefix_const": (length, width), "linear.weight": (length*width, clip_dim), "linear.bias": (length*width,)}
+    for layer in range(layers):
+        at = f"transformer.layers.{layer}."
+        shapes |= {f"{at}{norm}.{part}": (width,) for norm in ("norm1", "norm2") for part in ("weight", "bias")}
+        shapes |= {f"{at}attn.to_queries.weight": (width, width), f"{at}attn.to_keys_values.weight": (2*width, width), f"{at}attn.project.weight": (width, width),
+                   f"{at}attn.project.bias": (width,), f"{at}mlp.fc1.weight": (hidden, width), f"{at}mlp.fc1.bias": (hidden,),
+                   f"{at}mlp.fc2.weight": (width, hidden), f"{at}mlp.fc2.bias": (width,)}
+    return {name: drawn(shape, seed + i) for i, (name, shape) in enumerate(shapes.items())}
+
+
+def transformer_prefix(own, x, width, heads=8):
+    "The embedding as tokens before the constants; normalized before each part; what stands at the constants' places."
+    length = len(own["prefix_const"])
+    h = torch.cat([(x @ own["linear.weight"].T + own["linear.bias"]).view(len(x), length, width), own["prefix_const"].expand(len(x), -1, -1)], 1)
+    for layer in range(sum(name.endswith("fc1.bias") for name in own)):
+        w = {name.removeprefix(at): value for name, value in own.items() if name.startswith(at := f"transformer.layers.{layer}.")}
+        normed = F.layer_norm(h, (width,), w["norm1.weight"], w["norm1.bias"])
+        q, (k, v) = normed @ w["attn.to_queries.weight"].T, (normed @ w["attn.to_keys_values.weight"].T).chunk(2, -1)
+        q, k, v = (part.view(len(x), 2*length, heads, width//heads).transpose(1, 2) for part in (q, k, v))
+        mixed = ((q @ k.mT)/(width//heads)**0.5).softmax(-1) @ v
+        h = h + mixed.transpose(1, 2).reshape(h.shape) @ w["attn.project.weight"].T + w["attn.project.bias"]
+        normed = F.layer_norm(h, (width,), w["norm2.weight"], w["norm2.bias"])
+        h = h + (normed @ w["mlp.fc1.weight"].T + w["mlp.fc1.bias"]).relu() @ w["mlp.fc2.weight"].T + w["mlp.fc2.bias"]
+    return h[:, length:]
+
+
+# --- their decoding, one image at a time, without a cache
+
+@torch.no_grad()
+def greedy(gpt2, prefix, stop, most):
+    ids, words = [], gpt2.get_input_embeddings()
+    while len(ids) < most and (not ids or ids[-1] != stop):
+        ids.append(gpt2(inputs_embeds=torch.cat([prefix, words(torch.tensor(ids, dtype=torch.long))])[None]).logits[0, -1].argmax().item())
+    return ids
+
+
+@torch.no_grad()
+def beams(gpt2, prefix, stop, most, number=5):
+    "All hypotheses, ended or not, compete by their mean log-probability at each step: (mean, ids), best first."
+    def log_p(ids): return gpt2(inputs_embeds=torch.cat([prefix, gpt2.get_input_embeddings()(torch.tensor(ids, dtype=torch.long))])[None]).logits[0, -1].log_softmax(-1)
+    held = [(0., [])]  # sum, ids
+    for _ in range(most):
+        found = [(total/len(ids), total, ids) for total, ids in held if ids and ids[-1] == stop]
+        for total, ids in held:
+            if not ids or ids[-1] != stop:
+                found += [((total + p)/(len(ids) + 1), total + p, [*ids, token]) for token, p in enumerate(log_p(ids).tolist())]
+        held = [(total, ids) for _, total, ids in sorted(found, reverse=True)[:number]]
+        if all(ids[-1] == stop for _, ids in held): break
+    return sorted(((total/len(ids), ids) for total, ids in held), reverse=True)
+
+
+# --- files
+
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory):
+    "Configuration, tokenizer and weights of a small GPT-2, to which a file's weights belong."
+    folder = tmp_path_factory.mktemp("gpt2")
+    publish_gpt2(folder, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=96)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stop(tokenizer): return tokenizer.encode(".")[0]
+
+
+@pytest.fixture(scope="module")
+def gpt2(gpt2_folder, stop):
+    "A GPT-2 with large random weights, which likes to end a sentence: a model of its own beside the folder's."
+    model = GPT2LMHeadModel(GPT2Config.from_pretrained(gpt2_folder)).eval()
+    for i, (name, p) in enumerate(model.named_parameters()): p.data = drawn(p.shape, 100 + i) + (p.ndim == 1 and name.endswith("weight"))
+    table, bias = model.transformer.wte.weight.data, model.transformer.ln_f.bias.data
+    table[stop] += 4*bias/bias.square().sum()
+    return model
+
+
+@pytest.fixture
+def write(tmp_path, gpt2_folder):
+    "A function that writes a file of weights and reads it: `write({...}, prefix='module.')`."
+    def make(state, prefix="", suffix="pt", wrap=lambda state: state, **options):
+        from safetensors.torch import save_file
+        path, state = tmp_path/f"weights.{suffix}", {prefix + key: value for key, value in state.items()}
+        if suffix == "safetensors": save_file({key: value.clone() for key, value in state.items()}, path)
+        else: torch.save(wrap(state), path)
+        return read_published(path, **{"clip_model": "mini", "gpt2_model": str(gpt2_folder), **options})
+    return make
+
+
+def whole(network, gpt2=None):
+    "A state dict as training writes it, with the constants of GPT-2's attention in files of 2021."
+    state = {f"clip_project.{name}": value for name, value in network.items()}
+    if gpt2 is None: return state
+    state |= {f"gpt.{name}": value for name, value in gpt2.state_dict().items()}
+    for layer in range(2):
+        state |= {f"gpt.transformer.h.{layer}.attn.bias": torch.ones(1, 1, 96, 96).tril().byte(), f"gpt.transformer.h.{layer}.attn.masked_bias": torch.tensor(-1e4)}
+    return state
+
+
+MADE = {"mlp": (lambda: perceptron([20, WIDTH*5, WIDTH*10]), perceptron_prefix, 10), "transformer": (lambda: transformer(20, 4, 3), transformer_prefix, 4)}
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("kind", MADE)
+def test_prefixes_logits_and_captions_are_the_authors(write, gpt2, stop, kind):
+    make, prefix_of, length = MADE[kind]
+    network = make()
+    model = published_model(write(whole(network, gpt2)), with_clip=False).double()
+    reference, x = GPT2LMHeadModel(gpt2.config).double().eval(), F.normalize(FEW) if kind == "transformer" else FEW
+    reference.load_state_dict(gpt2.state_dict())
+    wanted = prefix_of({name: value.double() for name, value in network.items()}, x, WIDTH)
+    prefix = model.prefix(FEW)
+    assert prefix.shape == (6, length, WIDTH)
+    torch.testing.assert_close(prefix, wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(last_logits(model.gpt2, prefix), reference(inputs_embeds=wanted).logits[:, -1:], rtol=1e-8, atol=1e-8)
+    pad, ours = model.tokenizer.pad_token_id, generate_ids(FEW, model, 20, 1)
+    alone = [greedy(reference, p, stop, 20) for p in wanted]
+    assert [row[:len(ids)] + [pad]*(20 - len(ids)) for row, ids in zip(ours.tolist(), alone)] == [ids + [pad]*(20 - len(ids)) for ids in alone]
+    ids, means = mean_beam_search(model.gpt2, prefix, stop, pad, 5, 20)
+    searched = [beams(reference, p, stop, 20) for p in wanted]
+    assert [[i[:len(b)] for i, (_, b) in zip(row, found)] for row, found in zip(ids.tolist(), searched)] == [[b for _, b in found] for found in searched]
+    torch.testing.assert_close(means, torch.tensor([[mean for mean, _ in found] for found in searched], dtype=torch.float64), rtol=1e-8, atol=1e-8)
+    assert len({len(b) for found in searched for _, b in found}) > 3 and ids.eq(pad).any()
+    assert generate_ids(FEW, model, 20, 5).equal(ids[:, 0]) and generate_ids(FEW, model, 20, 5, num_return_sequences=2).equal(ids[:, :2].flatten(0, 1))
+
+
+# --- what the shapes and names tell
+
+FORMS = {"plain": {}, "module": dict(prefix="module."), "safetensors": dict(suffix="safetensors"),
+         "in a checkpoint": dict(wrap=lambda state: {"model": state, "epoch": 9, "optimizer": {"state": {}, "lr": 2e-5}}), "of several GPUs": dict(prefix="model.module.", wrap=lambda s: {"state_dict": s})}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_files_of_all_forms_hold_the_same(write, gpt2, form):
+    network, published = perceptron([20, WIDTH*5, WIDTH*10]), write(whole(perceptron([20, WIDTH*5, WIDTH*10]), gpt2), **FORMS[form])
+    assert published.network.keys() == {"layers.0.weight", "layers.0.bias", "layers.3.weight", "layers.3.bias"}
+    assert published.network["layers.3.weight"].equal(network["model.2.weight"])
+    assert published.dropped == [f"gpt.transformer.h.{i}.attn.{name}" for i in (0, 1) for name in ("bias", "masked_bias")]
+    weights = dict(gpt2.named_parameters())
+    assert published.gpt2.keys() == weights.keys() and all(value.equal(weights[name]) for name, value in published.gpt2.items())
+
+
+@pytest.mark.parametrize("network, options, wanted", [
+    (lambda: perceptron([512, 768*5, 768*10]), {}, dict(clip_model="ViT-B/32", mapping_network="mlp", prefix_length=10, embedding_scaling="none")),
+    (lambda: perceptron([640, 768, 768*2]), {}, dict(clip_model="RN50x4", prefix_length=2)),
+    (lambda: perceptron([512, 768, 768*2]), dict(clip_model="ViT-B/16", normalize=True), dict(clip_model="ViT-B/16", embedding_scaling="unit")),
+    (lambda: perceptron([512, 1024, 1024*2]), dict(gpt2_model="gpt2-medium"), dict(gpt2_model="gpt2-medium", prefix_length=2)),
+    (lambda: {"weight": torch.zeros(768*3, 512), "bias": torch.zeros(768*3)}, {}, dict(mapping_network="linear", prefix_length=3)),
+    (lambda: transformer(640, 40, 2, 768), {}, dict(clip_model="RN50x4", mapping_network="transformer_clip_tokens", prefix_length=40, num_layers=2, num_heads=8,
+                                                     feedforward_dim=1536, embedding_scaling="unit")),
+    (lambda: transformer(512, 4, 1, 768, 768*4), dict(normalize=False), dict(clip_model="ViT-B/32", feedforward_dim=3072, embedding_scaling="none")),
+])
+def test_settings_follow_from_shapes(write, network, options, wanted):
+    config = write(whole(network()), **{"clip_model": None, "gpt2_model": None, **options}).config
+    assert {name: getattr(config, name) for name in wanted} == wanted
+    assert (config.caption_format, config.gpt2_tuning, config.max_length, config.dropout) == ("plain", "none", 67, 0)
+    assert config.gpt2_model == options.get("gpt2_model", "gpt2")
+
+
+def changed(**changes):
+    "A small file with some tensors replaced, or, where None, left out."
+    state = {**whole(perceptron([20, WIDTH*5, WIDTH*10])), **{key.replace("__", "."): value for key, value in changes.items()}}
+    return {key: value for key, value in state.items() if value is not None}
+
+
+def changed_transformer(**changes):
+    state = {**whole(transformer(20, 4, 2)), **{key.replace("__", "."): value for key, value in changes.items()}}
+    return {key: value for key, value in state.items() if value is not None}
+
+
+@pytest.mark.parametrize("state, options, text", [
+    (lambda: {"weight": torch.zeros(2)}, {}, "has none of clip_project.model.0.weight, clip_project.linear.weight, clip_project.weight, but 'weight': it is no captioner"),
+    (lambda: changed(clip_project__model__2__bias=None), {}, "1 tensors are missing: clip_project.model.2.bias"),
+    (lambda: changed(clip_project__model__2__weight=None), {}, "the mapping network has no 'model.2.weight'"),
+    (lambda: changed(clip_project__model__4__weight=torch.zeros(2)), {}, "1 tensors are unknown: clip_project.model.4.weight"),
+    (lambda: changed(gpt__transformer__extra=torch.zeros(2)), {}, "1 tensors are unknown: gpt.transformer.extra"),
+    (lambda: changed(clip_project__model__0__bias=torch.zeros(2)), {}, "1 tensors have another shape: clip_project.model.0.bias (2,) for (160,)"),
+    (lambda: changed(clip_project__model__2__bias=torch.full((320,), torch.nan)), {}, "clip_project.model.2.bias holds NaN or infinity"),
+    (lambda: changed(clip_project__model__0__weight=torch.zeros(7, 20)), {}, "another shape: clip_project.model.0.weight (7, 20) for (160, 20)"),
+    (lambda: changed(clip_project__linear__weight=torch.zeros(2)), {}, "holds several mapping networks: 'clip_project.model.0.weight', 'clip_project.linear.weight'"),
+    (lambda: changed(epoch=3), {}, "'epoch' is no tensor; where it was made, save its weights alone"),
+    (lambda: changed(), dict(prefix="module.", wrap=lambda s: {**s, "head": torch.zeros(2)}), "beside the captioner 'module.…' it holds 'head'"),
+    (lambda: changed(), dict(clip_model=None), "its embeddings have 20 numbers, which several CLIPs have or none; name the one it was trained with: clip_model="),
+    (lambda: changed(), dict(clip_model="ViT-B/32"), "its embeddings have 20 numbers, and those of clip_model='ViT-B/32' 512"),
+    (lambda: changed(), dict(gpt2_model=None), "320 numbers are no prefix for a GPT-2 of width 768"),
+    (lambda: changed(), dict(gpt2_model="no/such/folder"), "there is no folder"),
+    (lambda: changed(), dict(gpt2_model="bert-large"), "it has no GPT-2; name its language model: gpt2_model=FOLDER with its config.json and tokenizer, or one of gpt2, "),
+    (lambda: changed_transformer(clip_project__prefix_const=torch.zeros(3, WIDTH)), {}, "its transformer reads 4 positions of the photo and 3 of the prefix; only equal numbers"),
+    (lambda: changed_transformer(clip_project__prefix_const=None), {}, "the mapping network has no 'prefix_const'"),
+    (lambda: changed_transformer(), dict(gpt2_model=None), "its prefix has 32 numbers per position, and its GPT-2 768"),
+    (lambda: changed_transformer(clip_project__transformer__layers__1__attn__to_queries__bias=torch.zeros(WIDTH)), {}, "unknown: clip_project.transformer.layers.1.attn.to_queries.bias"),
+])
+def test_what_is_no_captioner_is_named(write, state, options, text):
+    with pytest.raises(ValueError) as error: write(state(), **options)
+    assert text in str(error.value) and "weights.pt" in str(error.value) or "no/such" in text or "no folder" in text
+
+
+def test_gpt2_in_the_file_is_checked(write, gpt2):
+    state = whole(perceptron([20, WIDTH*5, WIDTH*10]), gpt2)
+    for key, value, text in (("gpt.transformer.h.1.ln_1.bias", None, "1 tensors are missing: gpt.transformer.h.1.ln_1.bias"),
+                             ("gpt.lm_head.weight", state["gpt.lm_head.weight"] + 1, "gpt.lm_head.weight and gpt.transformer.wte.weight differ"),
+                             ("gpt.transformer.wte.weight", torch.zeros(605, 16), "gpt.transformer.wte.weight (605, 16) for (605, 32)"),
+                             ("gpt.transformer.h.7.attn.bias", torch.ones(1), None)):
+        found = {name: v for name, v in {**state, key: value}.items() if v is not None}
+        if text is None: assert key in write(found).dropped
+        else:
+            with pytest.raises(ValueError, match=text.replace("(", r"\(").replace(")", r"\)")): write(found)
+    with pytest.raises(ValueError, match="its GPT-2 has 2 layers of width 32; name its language model: gpt2_model=FOLDER"): write(state, gpt2_model=None)
+    assert write({name: v for name, v in state.items() if name != "gpt.lm_head.weight"}).gpt2.keys() == dict(gpt2.named_parameters()).keys()
+
+
+class Evil:
+    def __reduce__(self): return print, ("run",)
+
+
+@pytest.mark.parametrize("made, text", [(Evil(), "holds a print"), (torch.zeros(3), "holds a Tensor, and no state dict"), (b"text", "no weights that can be read")])
+def test_pickles_and_other_files_are_refused(tmp_path, capsys, made, text):
+    path = tmp_path/"weights.pt"
+    path.write_bytes(made) if isinstance(made, bytes) else torch.save(made, path)
+    with pytest.raises(ValueError, match=text): read_published(path)
+    assert not capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="there is no file"): read_published(tmp_path/"none.pt")
+
+
+# --- captions without a start token
+
+def test_captions_of_a_published_model_end_at_the_first_full_stop(write, gpt2):
+    model = published_model(write(whole(perceptron([20, WIDTH*5, WIDTH*10]), gpt2)), with_clip=False).double()
+    assert len(model.tokenizer) == len(model.gpt2.get_input_embeddings().weight) == 605  # no token is added
+    for beams in (1, 5):
+        texts = generate_from_embeddings(FEW, model, 30, beams)
+        assert all(text.count(".") <= 1 for text in texts) and any(text.endswith(".") for text in texts)
+    torch.manual_seed(0)
+    assert any(text.endswith(".") for text in generate_from_embeddings(FEW, model, 30, 1, temperature=1., num_return_sequences=3))
+    with pytest.raises(ValueError, match="start_token='given': captions that end at '.' have no start token"): generate_ids(FEW, model, 30, 1, start_token="given")
+    for options in (dict(length_penalty=2.), dict(processors=(print,))):
+        with pytest.raises(ValueError, match=f"{[*options][0]}: the search for captions that end at '.' has no such option"): generate_ids(FEW, model, 30, 5, **options)
+
+
+def test_runs_are_not_trained_with_plain_captions(outputs):
+    with pytest.raises(ValueError, match="caption_format='plain' is of weights that `clipcap import` reads"): open_run("plain", "mini", caption_format="plain")
+    assert not (outputs/"plain/run.json").exists()
