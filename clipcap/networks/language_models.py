@@ -57,6 +57,7 @@ def caption_losses(
     attention_mask: torch.Tensor,  # (B, L), 1 for tokens, 0 for the padding after them
     image_of: torch.Tensor | None = None,  # (B,) image of each caption; None: caption k is of image k
     label_smoothing: float = 0.,  # as in `token_losses`
+    per_token: bool = False,  # True: (B, L), 0 for padding
 ) -> torch.Tensor:  # (B,) sum of -log p over the caption's tokens, in nats
     "Compute the negative log-likelihood of each caption; captions of one image share its prefix."
     tokens, images = attention_mask.bool(), list(range(len(input_ids))) if image_of is None else image_of.tolist()
@@ -64,7 +65,8 @@ def caption_losses(
         raise ValueError(f"{len(prefix)} embeddings for captions of {1 + max(images)} images; give one per image")
     packs = prefix.shape[1] + tokens.shape[1] - 1 <= getattr(gpt2, "packed_up_to", math.inf)
     losses = (_packed_losses if packs else _padded_losses)(gpt2, prefix, input_ids, tokens, images, label_smoothing)
-    return torch.zeros_like(tokens, dtype=losses.dtype).masked_scatter(tokens, losses).sum(1)
+    losses = torch.zeros_like(tokens, dtype=losses.dtype).masked_scatter(tokens, losses)
+    return losses if per_token else losses.sum(1)
 
 # %% ../../nbs/networks/language_models.ipynb #e031d2c7
 def continue_prefix(
