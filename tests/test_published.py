@@ -1,18 +1,28 @@
 """The weights that ClipCap's authors published (clipcap.decoding.published, .mean_beams), against their networks and decoding written out here, in float64."""
+import json
+import shutil
+import socket
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard
+from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from clipcap.apps.cli import main
 from clipcap.core import open_run
+from clipcap.data import encode_images
+from clipcap.decoding.captioner import Captioner
 from clipcap.decoding.mean_beams import mean_beam_search
-from clipcap.decoding.published import published_model, read_published
+from clipcap.decoding.published import import_published, read_published
 from clipcap.model import generate_from_embeddings, generate_ids
 from clipcap.networks.language_models import last_logits
 from clipcap.studies.flops import publish_gpt2
 
-WIDTH, FEW = 32, torch.randn(6, 20, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+WIDTH, DIM = 32, 128  # of the language model; of the miniature CLIP's embeddings
+FEW = torch.randn(6, DIM, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
 def drawn(shape, seed, size=0.3): return size*torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -22,8 +32,8 @@ def drawn(shape, seed, size=0.3): return size*torch.randn(shape, generator=torch
 
 def perceptron(sizes, seed=0):
     "Weights of linear layers with tanh between them: names of a sequence of modules."
-    pairs = [*zip(sizes, sizes[1:])]
-    return {f"model.{2*i}.{part}": drawn(shape, seed + 2*i + (part == "bias")) for i, (into, out) in enumerate(pairs) for part, shape in (("weight", (out, into)), ("bias", (out,)))}
+    shapes = {f"model.{2*i}.{part}": (out, into)[:n] for i, (into, out) in enumerate(zip(sizes, sizes[1:])) for part, n in (("weight", 2), ("bias", 1))}
+    return {name: drawn(shape, seed + i) for i, (name, shape) in enumerate(shapes.items())}
 
 
 def perceptron_prefix(own, x, width):
@@ -36,8 +46,8 @@ def transformer(clip_dim, length, layers, width=WIDTH, hidden=None, seed=0):
     for layer in range(layers):
         at = f"transformer.layers.{layer}."
         shapes |= {f"{at}{norm}.{part}": (width,) for norm in ("norm1", "norm2") for part in ("weight", "bias")}
-        shapes |= {f"{at}attn.to_queries.weight": (width, width), f"{at}attn.to_keys_values.weight": (2*width, width), f"{at}attn.project.weight": (width, width),
-                   f"{at}attn.project.bias": (width,), f"{at}mlp.fc1.weight": (hidden, width), f"{at}mlp.fc1.bias": (hidden,),
+        shapes |= {f"{at}attn.to_queries.weight": (width, width), f"{at}attn.to_keys_values.weight": (2*width, width),
+                   f"{at}attn.project.weight": (width, width), f"{at}attn.project.bias": (width,), f"{at}mlp.fc1.weight": (hidden, width), f"{at}mlp.fc1.bias": (hidden,),
                    f"{at}mlp.fc2.weight": (width, hidden), f"{at}mlp.fc2.bias": (width,)}
     return {name: drawn(shape, seed + i) for i, (name, shape) in enumerate(shapes.items())}
 
@@ -71,7 +81,8 @@ def greedy(gpt2, prefix, stop, most):
 @torch.no_grad()
 def beams(gpt2, prefix, stop, most, number=5):
     "All hypotheses, ended or not, compete by their mean log-probability at each step: (mean, ids), best first."
-    def log_p(ids): return gpt2(inputs_embeds=torch.cat([prefix, gpt2.get_input_embeddings()(torch.tensor(ids, dtype=torch.long))])[None]).logits[0, -1].log_softmax(-1)
+    words = gpt2.get_input_embeddings()
+    def log_p(ids): return gpt2(inputs_embeds=torch.cat([prefix, words(torch.tensor(ids, dtype=torch.long))])[None]).logits[0, -1].log_softmax(-1)
     held = [(0., [])]  # sum, ids
     for _ in range(most):
         found = [(total/len(ids), total, ids) for total, ids in held if ids and ids[-1] == stop]
@@ -119,25 +130,36 @@ def write(tmp_path, gpt2_folder):
     return make
 
 
+@pytest.fixture
+def convert(tmp_path, gpt2_folder):
+    "A function that writes a file of weights, imports it and loads the captioner."
+    def make(state, **options):
+        torch.save(state, tmp_path/"weights.pt")
+        import_published(tmp_path/"weights.pt", tmp_path/"captioner", **{"clip_model": "mini", "gpt2_model": str(gpt2_folder), **options})
+        return Captioner.from_pretrained(tmp_path/"captioner", device="cpu")
+    return make
+
+
 def whole(network, gpt2=None):
     "A state dict as training writes it, with the constants of GPT-2's attention in files of 2021."
     state = {f"clip_project.{name}": value for name, value in network.items()}
     if gpt2 is None: return state
     state |= {f"gpt.{name}": value for name, value in gpt2.state_dict().items()}
     for layer in range(2):
-        state |= {f"gpt.transformer.h.{layer}.attn.bias": torch.ones(1, 1, 96, 96).tril().byte(), f"gpt.transformer.h.{layer}.attn.masked_bias": torch.tensor(-1e4)}
+        at = f"gpt.transformer.h.{layer}.attn."
+        state |= {f"{at}bias": torch.ones(1, 1, 96, 96).tril().byte(), f"{at}masked_bias": torch.tensor(-1e4)}
     return state
 
 
-MADE = {"mlp": (lambda: perceptron([20, WIDTH*5, WIDTH*10]), perceptron_prefix, 10), "transformer": (lambda: transformer(20, 4, 3), transformer_prefix, 4)}
+MADE = {"mlp": (lambda: perceptron([DIM, WIDTH*5, WIDTH*10]), perceptron_prefix, 10), "transformer": (lambda: transformer(DIM, 4, 3), transformer_prefix, 4)}
 
 
 @pytest.mark.numerics
 @pytest.mark.parametrize("kind", MADE)
-def test_prefixes_logits_and_captions_are_the_authors(write, gpt2, stop, kind):
+def test_prefixes_logits_and_captions_are_the_authors(convert, gpt2, stop, kind):
     make, prefix_of, length = MADE[kind]
     network = make()
-    model = published_model(write(whole(network, gpt2)), with_clip=False).double()
+    model = convert(whole(network, gpt2)).model.double()
     reference, x = GPT2LMHeadModel(gpt2.config).double().eval(), F.normalize(FEW) if kind == "transformer" else FEW
     reference.load_state_dict(gpt2.state_dict())
     wanted = prefix_of({name: value.double() for name, value in network.items()}, x, WIDTH)
@@ -159,12 +181,13 @@ def test_prefixes_logits_and_captions_are_the_authors(write, gpt2, stop, kind):
 # --- what the shapes and names tell
 
 FORMS = {"plain": {}, "module": dict(prefix="module."), "safetensors": dict(suffix="safetensors"),
-         "in a checkpoint": dict(wrap=lambda state: {"model": state, "epoch": 9, "optimizer": {"state": {}, "lr": 2e-5}}), "of several GPUs": dict(prefix="model.module.", wrap=lambda s: {"state_dict": s})}
+         "in a checkpoint": dict(wrap=lambda state: {"model": state, "epoch": 9, "optimizer": {"state": {}, "lr": 2e-5}}),
+         "of several GPUs": dict(prefix="model.module.", wrap=lambda s: {"state_dict": s})}
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_files_of_all_forms_hold_the_same(write, gpt2, form):
-    network, published = perceptron([20, WIDTH*5, WIDTH*10]), write(whole(perceptron([20, WIDTH*5, WIDTH*10]), gpt2), **FORMS[form])
+    network, published = perceptron([DIM, WIDTH*5, WIDTH*10]), write(whole(perceptron([DIM, WIDTH*5, WIDTH*10]), gpt2), **FORMS[form])
     assert published.network.keys() == {"layers.0.weight", "layers.0.bias", "layers.3.weight", "layers.3.bias"}
     assert published.network["layers.3.weight"].equal(network["model.2.weight"])
     assert published.dropped == [f"gpt.transformer.h.{i}.attn.{name}" for i in (0, 1) for name in ("bias", "masked_bias")]
@@ -191,12 +214,12 @@ def test_settings_follow_from_shapes(write, network, options, wanted):
 
 def changed(**changes):
     "A small file with some tensors replaced, or, where None, left out."
-    state = {**whole(perceptron([20, WIDTH*5, WIDTH*10])), **{key.replace("__", "."): value for key, value in changes.items()}}
+    state = {**whole(perceptron([DIM, WIDTH*5, WIDTH*10])), **{key.replace("__", "."): value for key, value in changes.items()}}
     return {key: value for key, value in state.items() if value is not None}
 
 
 def changed_transformer(**changes):
-    state = {**whole(transformer(20, 4, 2)), **{key.replace("__", "."): value for key, value in changes.items()}}
+    state = {**whole(transformer(DIM, 4, 2)), **{key.replace("__", "."): value for key, value in changes.items()}}
     return {key: value for key, value in state.items() if value is not None}
 
 
@@ -208,15 +231,15 @@ def changed_transformer(**changes):
     (lambda: changed(gpt__transformer__extra=torch.zeros(2)), {}, "1 tensors are unknown: gpt.transformer.extra"),
     (lambda: changed(clip_project__model__0__bias=torch.zeros(2)), {}, "1 tensors have another shape: clip_project.model.0.bias (2,) for (160,)"),
     (lambda: changed(clip_project__model__2__bias=torch.full((320,), torch.nan)), {}, "clip_project.model.2.bias holds NaN or infinity"),
-    (lambda: changed(clip_project__model__0__weight=torch.zeros(7, 20)), {}, "another shape: clip_project.model.0.weight (7, 20) for (160, 20)"),
+    (lambda: changed(clip_project__model__0__weight=torch.zeros(7, DIM)), {}, "another shape: clip_project.model.0.weight (7, 128) for (160, 128)"),
     (lambda: changed(clip_project__linear__weight=torch.zeros(2)), {}, "holds several mapping networks: 'clip_project.model.0.weight', 'clip_project.linear.weight'"),
     (lambda: changed(epoch=3), {}, "'epoch' is no tensor; where it was made, save its weights alone"),
     (lambda: changed(), dict(prefix="module.", wrap=lambda s: {**s, "head": torch.zeros(2)}), "beside the captioner 'module.…' it holds 'head'"),
-    (lambda: changed(), dict(clip_model=None), "its embeddings have 20 numbers, which several CLIPs have or none; name the one it was trained with: clip_model="),
-    (lambda: changed(), dict(clip_model="ViT-B/32"), "its embeddings have 20 numbers, and those of clip_model='ViT-B/32' 512"),
+    (lambda: changed(), dict(clip_model=None), "its embeddings have 128 numbers, which several CLIPs have or none; name the one it was trained with: clip_model=… (--clip)"),
+    (lambda: changed(), dict(clip_model="ViT-B/32"), "its embeddings have 128 numbers, and those of clip_model='ViT-B/32' 512"),
     (lambda: changed(), dict(gpt2_model=None), "320 numbers are no prefix for a GPT-2 of width 768"),
     (lambda: changed(), dict(gpt2_model="no/such/folder"), "there is no folder"),
-    (lambda: changed(), dict(gpt2_model="bert-large"), "it has no GPT-2; name its language model: gpt2_model=FOLDER with its config.json and tokenizer, or one of gpt2, "),
+    (lambda: changed(), dict(gpt2_model="bert-large"), "it has no GPT-2; name its language model: gpt2_model=FOLDER (--gpt2) with its config.json and tokenizer, or one of gpt2, "),
     (lambda: changed_transformer(clip_project__prefix_const=torch.zeros(3, WIDTH)), {}, "its transformer reads 4 positions of the photo and 3 of the prefix; only equal numbers"),
     (lambda: changed_transformer(clip_project__prefix_const=None), {}, "the mapping network has no 'prefix_const'"),
     (lambda: changed_transformer(), dict(gpt2_model=None), "its prefix has 32 numbers per position, and its GPT-2 768"),
@@ -228,7 +251,7 @@ def test_what_is_no_captioner_is_named(write, state, options, text):
 
 
 def test_gpt2_in_the_file_is_checked(write, gpt2):
-    state = whole(perceptron([20, WIDTH*5, WIDTH*10]), gpt2)
+    state = whole(perceptron([DIM, WIDTH*5, WIDTH*10]), gpt2)
     for key, value, text in (("gpt.transformer.h.1.ln_1.bias", None, "1 tensors are missing: gpt.transformer.h.1.ln_1.bias"),
                              ("gpt.lm_head.weight", state["gpt.lm_head.weight"] + 1, "gpt.lm_head.weight and gpt.transformer.wte.weight differ"),
                              ("gpt.transformer.wte.weight", torch.zeros(605, 16), "gpt.transformer.wte.weight (605, 16) for (605, 32)"),
@@ -256,8 +279,8 @@ def test_pickles_and_other_files_are_refused(tmp_path, capsys, made, text):
 
 # --- captions without a start token
 
-def test_captions_of_a_published_model_end_at_the_first_full_stop(write, gpt2):
-    model = published_model(write(whole(perceptron([20, WIDTH*5, WIDTH*10]), gpt2)), with_clip=False).double()
+def test_captions_of_a_published_model_end_at_the_first_full_stop(convert, gpt2):
+    model = convert(whole(perceptron([DIM, WIDTH*5, WIDTH*10]), gpt2)).model.double()
     assert len(model.tokenizer) == len(model.gpt2.get_input_embeddings().weight) == 605  # no token is added
     for beams in (1, 5):
         texts = generate_from_embeddings(FEW, model, 30, beams)
@@ -272,3 +295,67 @@ def test_captions_of_a_published_model_end_at_the_first_full_stop(write, gpt2):
 def test_runs_are_not_trained_with_plain_captions(outputs):
     with pytest.raises(ValueError, match="caption_format='plain' is of weights that `clipcap import` reads"): open_run("plain", "mini", caption_format="plain")
     assert not (outputs/"plain/run.json").exists()
+
+
+# --- the captioner and its folder
+
+def test_captioner_of_photos_is_its_embeddings_and_their_probabilities(convert, gpt2, clip_mini):
+    captioner = convert(whole(perceptron([DIM, WIDTH*5, WIDTH*10]), gpt2))
+    photos = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue")]
+    captions, model = captioner(photos, max_length=20), captioner.model
+    embeddings = encode_images(clip_mini[0], torch.stack([clip_mini[1](photo) for photo in photos])).clone()
+    ids, means = mean_beam_search(model.gpt2, model.prefix(embeddings), model.stop_id, model.tokenizer.pad_token_id, 5, 20)
+    assert [str(c) for c in captions] == generate_from_embeddings(embeddings, model, 20, 5)
+    assert [list(c.ids) for c in captions] == [[i for i in row if i != model.tokenizer.pad_token_id] for row in ids[:, 0].tolist()]
+    torch.testing.assert_close(torch.tensor([c.log_probability for c in captions]), means[:, 0], rtol=1e-5, atol=1e-5)
+    assert captioner(photos[0], num_beams=1, max_length=20).text == generate_from_embeddings(embeddings[:1], model, 20, 1)[0]
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_folder_names_what_it_does_not_hold(write, gpt2, gpt2_folder, tmp_path, kind):
+    "A folder with a configuration and no tokenizer: GPT-2's weights are those of the file, its name is kept, and its tokenizer is found when it is loaded."
+    (tmp_path/"bare").mkdir()
+    shutil.copy(gpt2_folder/"config.json", tmp_path/"bare")
+    out, tuned, made = tmp_path/"captioner", kind == "mlp", MADE[kind][0]()
+    torch.save(whole(made, gpt2 if tuned else None), tmp_path/"weights.pt")
+    import_published(tmp_path/"weights.pt", out, "mini", str(tmp_path/"bare"))
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    about = json.loads((out/"config.json").read_text())
+    assert (about["encoder"], about["language_model"], about["inside"], about["clip_dim"]) == ("mini", {}, [], DIM)
+    assert {name: about["settings"][name] for name in ("caption_format", "gpt2_tuning", "embedding_scaling")} == {
+        "caption_format": "plain", "gpt2_tuning": "full" if tuned else "none", "embedding_scaling": "none" if tuned else "unit"}
+    model = Captioner.from_pretrained(out, "cpu", gpt2_model=str(gpt2_folder)).model
+    wanted = gpt2 if tuned else GPT2LMHeadModel.from_pretrained(gpt2_folder)
+    assert model.gpt2.get_input_embeddings().weight.equal(wanted.transformer.wte.weight)
+    torch.testing.assert_close(model.prefix(FEW), MADE[kind][1](made, (FEW if tuned else F.normalize(FEW)).float(), WIDTH), rtol=1e-4, atol=1e-4)
+
+
+def test_self_contained_folder_saves_and_loads_and_notices_changes(convert, gpt2, tmp_path):
+    captioner = convert(whole(perceptron([DIM, WIDTH*5, WIDTH*10]), gpt2))
+    first = [str(c) for c in captioner.caption_embeddings(FEW.float(), max_length=12)]
+    captioner.save_pretrained(tmp_path/"again")
+    again = Captioner.from_pretrained(tmp_path/"again", "cpu")
+    assert [str(c) for c in again.caption_embeddings(FEW.float(), max_length=12)] == first and len({*first}) > 1
+    assert "read them from `weights.pt` (SHA-256 " in (tmp_path/"captioner/README.md").read_text()
+    ModelCard.load(tmp_path/"captioner/README.md")
+    config = json.loads((tmp_path/"captioner/gpt2/config.json").read_text())
+    (tmp_path/"captioner/gpt2/config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 0.1}))
+    with pytest.raises(ValueError, match="gpt2_config was"): Captioner.from_pretrained(tmp_path/"captioner", "cpu")
+
+
+def test_command_converts_without_clip_and_network_and_says_what_it_assumed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "clip", None)
+    monkeypatch.setattr(socket, "socket", None)
+    torch.save({**whole(transformer(640, 4, 2, 768)), "gpt.transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}, tmp_path/"weights.pt")
+    def run(*words): return main(["import", str(tmp_path/"weights.pt"), str(tmp_path/"out"), *words]), *capsys.readouterr()
+    status, out, err = run()
+    assert (status, err) == (0, "") and out.splitlines() == [
+        f"{tmp_path/'out'}: a transformer, prefix of 4, 2 layers",
+        "CLIP: RN50x4 (assumed from 640 numbers; --clip names another); its embedding is divided by its length (assumed; --normalize)",
+        "GPT-2: gpt2, which the file has not", "left out: 1 constants of GPT-2's attention, such as gpt.transformer.h.0.attn.masked_bias"]
+    assert json.loads((tmp_path/"out/config.json").read_text())["settings"]["clip_model"] == "RN50x4"
+    status, out, _ = run("--normalize", "no", "--clip", "RN50x4")
+    assert status == 0 and "CLIP: RN50x4 (as asked); its embedding is used as it is\n" in out
+    for words, text in ((["--normalize", "maybe"], "--normalize=maybe is unknown; choose one of auto, yes, no"), (["--clip", "ViT-B/32"], "of clip_model='ViT-B/32' 512")):
+        status, out, err = run(*words)
+        assert (status, out) == (1, "") and text in err
