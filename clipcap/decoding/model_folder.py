@@ -179,11 +179,10 @@ def write_folder(
     config: Config,  # of the model
     card: str,  # Markdown
     include_backbones: bool = False,  # with the frozen parts
-    inside: tuple[str, ...] = (),  # settings whose parts are in the folder already
-    **about,  # "clip_dim", "encoder", "language_model"
+    **about,  # "clip_dim", "encoder", "language_model"; "inside": settings whose parts are in the folder already
 ):
     "Write a captioner, atomically."
-    inside = copy_backbones(config, folder, about["encoder"] is not None) if include_backbones else [*inside]
+    inside = copy_backbones(config, folder, about["encoder"] is not None) if include_backbones else [*about.get("inside", ())]
     with ExitStack() as files:
         paths = {name: files.enter_context(atomic_path(folder/name)) for name in (CONFIG, CARD, WEIGHTS)}  # renamed in the opposite order
         save_file({name: tensor.detach().float().cpu().clone().contiguous() if tensor.is_floating_point() else tensor.cpu().clone()
