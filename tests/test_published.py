@@ -1,4 +1,4 @@
-"""The weights that ClipCap's authors published (clipcap.decoding.published, .mean_beams), against their networks and decoding written out here, in float64."""
+"""The weights that ClipCap's authors published (clipcap.decoding.published, .mean_beams), against their networks and decoding written out in checks/published, in float64."""
 import json
 import shutil
 import socket
@@ -12,6 +12,8 @@ from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from clipcap.apps.cli import main
+from clipcap.checks.published import (beam_ids, greedy_ids, perceptron_prefix, perceptron_shapes, published_state, random_weights, transformer_prefix,
+                                      transformer_shapes)
 from clipcap.core import open_run
 from clipcap.data import encode_images
 from clipcap.decoding.captioner import Captioner
@@ -25,73 +27,10 @@ WIDTH, DIM = 32, 128  # of the language model; of the miniature CLIP's embedding
 FEW = torch.randn(6, DIM, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
-def drawn(shape, seed, size=0.3): return size*torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def perceptron(clip_dim, length, width=WIDTH): return random_weights(perceptron_shapes(clip_dim, length, width))
 
 
-# --- the authors' networks, by the paper's definitions (§3.2) and the names in their files
-
-def perceptron(sizes, seed=0):
-    "Weights of linear layers with tanh between them: names of a sequence of modules."
-    shapes = {f"model.{2*i}.{part}": (out, into)[:n] for i, (into, out) in enumerate(zip(sizes, sizes[1:])) for part, n in (("weight", 2), ("bias", 1))}
-    return {name: drawn(shape, seed + i) for i, (name, shape) in enumerate(shapes.items())}
-
-
-def perceptron_prefix(own, x, width):
-    return ((x @ own["model.0.weight"].T + own["model.0.bias"]).tanh() @ own["model.2.weight"].T + own["model.2.bias"]).view(len(x), -1, width)
-
-
-def transformer(clip_dim, length, layers, width=WIDTH, hidden=None, seed=0):
-    "Weights of the transformer; queries, keys and values have no bias."
-    hidden, shapes = hidden or 2*width, {"prefix_const": (length, width), "linear.weight": (length*width, clip_dim), "linear.bias": (length*width,)}
-    for layer in range(layers):
-        at = f"transformer.layers.{layer}."
-        shapes |= {f"{at}{norm}.{part}": (width,) for norm in ("norm1", "norm2") for part in ("weight", "bias")}
-        shapes |= {f"{at}attn.to_queries.weight": (width, width), f"{at}attn.to_keys_values.weight": (2*width, width),
-                   f"{at}attn.project.weight": (width, width), f"{at}attn.project.bias": (width,), f"{at}mlp.fc1.weight": (hidden, width), f"{at}mlp.fc1.bias": (hidden,),
-                   f"{at}mlp.fc2.weight": (width, hidden), f"{at}mlp.fc2.bias": (width,)}
-    return {name: drawn(shape, seed + i) for i, (name, shape) in enumerate(shapes.items())}
-
-
-def transformer_prefix(own, x, width, heads=8):
-    "The embedding as tokens before the constants; normalized before each part; what stands at the constants' places."
-    length = len(own["prefix_const"])
-    h = torch.cat([(x @ own["linear.weight"].T + own["linear.bias"]).view(len(x), length, width), own["prefix_const"].expand(len(x), -1, -1)], 1)
-    for layer in range(sum(name.endswith("fc1.bias") for name in own)):
-        w = {name.removeprefix(at): value for name, value in own.items() if name.startswith(at := f"transformer.layers.{layer}.")}
-        normed = F.layer_norm(h, (width,), w["norm1.weight"], w["norm1.bias"])
-        q, (k, v) = normed @ w["attn.to_queries.weight"].T, (normed @ w["attn.to_keys_values.weight"].T).chunk(2, -1)
-        q, k, v = (part.view(len(x), 2*length, heads, width//heads).transpose(1, 2) for part in (q, k, v))
-        mixed = ((q @ k.mT)/(width//heads)**0.5).softmax(-1) @ v
-        h = h + mixed.transpose(1, 2).reshape(h.shape) @ w["attn.project.weight"].T + w["attn.project.bias"]
-        normed = F.layer_norm(h, (width,), w["norm2.weight"], w["norm2.bias"])
-        h = h + (normed @ w["mlp.fc1.weight"].T + w["mlp.fc1.bias"]).relu() @ w["mlp.fc2.weight"].T + w["mlp.fc2.bias"]
-    return h[:, length:]
-
-
-# --- their decoding, one image at a time, without a cache
-
-@torch.no_grad()
-def greedy(gpt2, prefix, stop, most):
-    ids, words = [], gpt2.get_input_embeddings()
-    while len(ids) < most and (not ids or ids[-1] != stop):
-        ids.append(gpt2(inputs_embeds=torch.cat([prefix, words(torch.tensor(ids, dtype=torch.long))])[None]).logits[0, -1].argmax().item())
-    return ids
-
-
-@torch.no_grad()
-def beams(gpt2, prefix, stop, most, number=5):
-    "All hypotheses, ended or not, compete by their mean log-probability at each step: (mean, ids), best first."
-    words = gpt2.get_input_embeddings()
-    def log_p(ids): return gpt2(inputs_embeds=torch.cat([prefix, words(torch.tensor(ids, dtype=torch.long))])[None]).logits[0, -1].log_softmax(-1)
-    held = [(0., [])]  # sum, ids
-    for _ in range(most):
-        found = [(total/len(ids), total, ids) for total, ids in held if ids and ids[-1] == stop]
-        for total, ids in held:
-            if not ids or ids[-1] != stop:
-                found += [((total + p)/(len(ids) + 1), total + p, [*ids, token]) for token, p in enumerate(log_p(ids).tolist())]
-        held = [(total, ids) for _, total, ids in sorted(found, reverse=True)[:number]]
-        if all(ids[-1] == stop for _, ids in held): break
-    return sorted(((total/len(ids), ids) for total, ids in held), reverse=True)
+def transformer(clip_dim, length, layers, width=WIDTH, hidden=None): return random_weights(transformer_shapes(clip_dim, length, width, layers, hidden))
 
 
 # --- files
@@ -112,7 +51,7 @@ def stop(tokenizer): return tokenizer.encode(".")[0]
 def gpt2(gpt2_folder, stop):
     "A GPT-2 with large random weights, which likes to end a sentence: a model of its own beside the folder's."
     model = GPT2LMHeadModel(GPT2Config.from_pretrained(gpt2_folder)).eval()
-    for i, (name, p) in enumerate(model.named_parameters()): p.data = drawn(p.shape, 100 + i) + (p.ndim == 1 and name.endswith("weight"))
+    for i, (name, p) in enumerate(model.named_parameters()): p.data = random_weights({name: p.shape}, seed=100 + i)[name] + (p.ndim == 1 and name.endswith("weight"))
     table, bias = model.transformer.wte.weight.data, model.transformer.ln_f.bias.data
     table[stop] += 4*bias/bias.square().sum()
     return model
@@ -140,18 +79,7 @@ def convert(tmp_path, gpt2_folder):
     return make
 
 
-def whole(network, gpt2=None):
-    "A state dict as training writes it, with the constants of GPT-2's attention in files of 2021."
-    state = {f"clip_project.{name}": value for name, value in network.items()}
-    if gpt2 is None: return state
-    state |= {f"gpt.{name}": value for name, value in gpt2.state_dict().items()}
-    for layer in range(2):
-        at = f"gpt.transformer.h.{layer}.attn."
-        state |= {f"{at}bias": torch.ones(1, 1, 96, 96).tril().byte(), f"{at}masked_bias": torch.tensor(-1e4)}
-    return state
-
-
-MADE = {"mlp": (lambda: perceptron([DIM, WIDTH*5, WIDTH*10]), perceptron_prefix, 10), "transformer": (lambda: transformer(DIM, 4, 3), transformer_prefix, 4)}
+MADE = {"mlp": (lambda: perceptron(DIM, 10), perceptron_prefix, 10), "transformer": (lambda: transformer(DIM, 4, 3), transformer_prefix, 4)}
 
 
 @pytest.mark.numerics
@@ -159,7 +87,7 @@ MADE = {"mlp": (lambda: perceptron([DIM, WIDTH*5, WIDTH*10]), perceptron_prefix,
 def test_prefixes_logits_and_captions_are_the_authors(convert, gpt2, stop, kind):
     make, prefix_of, length = MADE[kind]
     network = make()
-    model = convert(whole(network, gpt2)).model.double()
+    model = convert(published_state(network, gpt2)).model.double()
     reference, x = GPT2LMHeadModel(gpt2.config).double().eval(), F.normalize(FEW) if kind == "transformer" else FEW
     reference.load_state_dict(gpt2.state_dict())
     wanted = prefix_of({name: value.double() for name, value in network.items()}, x, WIDTH)
@@ -168,10 +96,10 @@ def test_prefixes_logits_and_captions_are_the_authors(convert, gpt2, stop, kind)
     torch.testing.assert_close(prefix, wanted, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(last_logits(model.gpt2, prefix), reference(inputs_embeds=wanted).logits[:, -1:], rtol=1e-8, atol=1e-8)
     pad, ours = model.tokenizer.pad_token_id, generate_ids(FEW, model, 20, 1)
-    alone = [greedy(reference, p, stop, 20) for p in wanted]
+    alone = [greedy_ids(reference, p, stop, 20) for p in wanted]
     assert [row[:len(ids)] + [pad]*(20 - len(ids)) for row, ids in zip(ours.tolist(), alone)] == [ids + [pad]*(20 - len(ids)) for ids in alone]
     ids, means = mean_beam_search(model.gpt2, prefix, stop, pad, 5, 20)
-    searched = [beams(reference, p, stop, 20) for p in wanted]
+    searched = [beam_ids(reference, p, stop, 20) for p in wanted]
     assert [[i[:len(b)] for i, (_, b) in zip(row, found)] for row, found in zip(ids.tolist(), searched)] == [[b for _, b in found] for found in searched]
     torch.testing.assert_close(means, torch.tensor([[mean for mean, _ in found] for found in searched], dtype=torch.float64), rtol=1e-8, atol=1e-8)
     assert len({len(b) for found in searched for _, b in found}) > 3 and ids.eq(pad).any()
@@ -187,7 +115,7 @@ FORMS = {"plain": {}, "module": dict(prefix="module."), "safetensors": dict(suff
 
 @pytest.mark.parametrize("form", FORMS)
 def test_files_of_all_forms_hold_the_same(write, gpt2, form):
-    network, published = perceptron([DIM, WIDTH*5, WIDTH*10]), write(whole(perceptron([DIM, WIDTH*5, WIDTH*10]), gpt2), **FORMS[form])
+    network, published = perceptron(DIM, 10), write(published_state(perceptron(DIM, 10), gpt2), **FORMS[form])
     assert published.network.keys() == {"layers.0.weight", "layers.0.bias", "layers.3.weight", "layers.3.bias"}
     assert published.network["layers.3.weight"].equal(network["model.2.weight"])
     assert published.dropped == [f"gpt.transformer.h.{i}.attn.{name}" for i in (0, 1) for name in ("bias", "masked_bias")]
@@ -196,17 +124,17 @@ def test_files_of_all_forms_hold_the_same(write, gpt2, form):
 
 
 @pytest.mark.parametrize("network, options, wanted", [
-    (lambda: perceptron([512, 768*5, 768*10]), {}, dict(clip_model="ViT-B/32", mapping_network="mlp", prefix_length=10, embedding_scaling="none")),
-    (lambda: perceptron([640, 768, 768*2]), {}, dict(clip_model="RN50x4", prefix_length=2)),
-    (lambda: perceptron([512, 768, 768*2]), dict(clip_model="ViT-B/16", normalize=True), dict(clip_model="ViT-B/16", embedding_scaling="unit")),
-    (lambda: perceptron([512, 1024, 1024*2]), dict(gpt2_model="gpt2-medium"), dict(gpt2_model="gpt2-medium", prefix_length=2)),
+    (lambda: perceptron(512, 10, 768), {}, dict(clip_model="ViT-B/32", mapping_network="mlp", prefix_length=10, embedding_scaling="none")),
+    (lambda: perceptron(640, 2, 768), {}, dict(clip_model="RN50x4", prefix_length=2)),
+    (lambda: perceptron(512, 2, 768), dict(clip_model="ViT-B/16", normalize=True), dict(clip_model="ViT-B/16", embedding_scaling="unit")),
+    (lambda: perceptron(512, 2, 1024), dict(gpt2_model="gpt2-medium"), dict(gpt2_model="gpt2-medium", prefix_length=2)),
     (lambda: {"weight": torch.zeros(768*3, 512), "bias": torch.zeros(768*3)}, {}, dict(mapping_network="linear", prefix_length=3)),
     (lambda: transformer(640, 40, 2, 768), {}, dict(clip_model="RN50x4", mapping_network="transformer_clip_tokens", prefix_length=40, num_layers=2, num_heads=8,
                                                      feedforward_dim=1536, embedding_scaling="unit")),
     (lambda: transformer(512, 4, 1, 768, 768*4), dict(normalize=False), dict(clip_model="ViT-B/32", feedforward_dim=3072, embedding_scaling="none")),
 ])
 def test_settings_follow_from_shapes(write, network, options, wanted):
-    config = write(whole(network()), **{"clip_model": None, "gpt2_model": None, **options}).config
+    config = write(published_state(network()), **{"clip_model": None, "gpt2_model": None, **options}).config
     assert {name: getattr(config, name) for name in wanted} == wanted
     assert (config.caption_format, config.gpt2_tuning, config.max_length, config.dropout) == ("plain", "none", 67, 0)
     assert config.gpt2_model == options.get("gpt2_model", "gpt2")
@@ -214,12 +142,12 @@ def test_settings_follow_from_shapes(write, network, options, wanted):
 
 def changed(**changes):
     "A small file with some tensors replaced, or, where None, left out."
-    state = {**whole(perceptron([DIM, WIDTH*5, WIDTH*10])), **{key.replace("__", "."): value for key, value in changes.items()}}
+    state = {**published_state(perceptron(DIM, 10)), **{key.replace("__", "."): value for key, value in changes.items()}}
     return {key: value for key, value in state.items() if value is not None}
 
 
 def changed_transformer(**changes):
-    state = {**whole(transformer(DIM, 4, 2)), **{key.replace("__", "."): value for key, value in changes.items()}}
+    state = {**published_state(transformer(DIM, 4, 2)), **{key.replace("__", "."): value for key, value in changes.items()}}
     return {key: value for key, value in state.items() if value is not None}
 
 
@@ -251,7 +179,7 @@ def test_what_is_no_captioner_is_named(write, state, options, text):
 
 
 def test_gpt2_in_the_file_is_checked(write, gpt2):
-    state = whole(perceptron([DIM, WIDTH*5, WIDTH*10]), gpt2)
+    state = published_state(perceptron(DIM, 10), gpt2)
     for key, value, text in (("gpt.transformer.h.1.ln_1.bias", None, "1 tensors are missing: gpt.transformer.h.1.ln_1.bias"),
                              ("gpt.lm_head.weight", state["gpt.lm_head.weight"] + 1, "gpt.lm_head.weight and gpt.transformer.wte.weight differ"),
                              ("gpt.transformer.wte.weight", torch.zeros(605, 16), "gpt.transformer.wte.weight (605, 16) for (605, 32)"),
@@ -280,7 +208,7 @@ def test_pickles_and_other_files_are_refused(tmp_path, capsys, made, text):
 # --- captions without a start token
 
 def test_captions_of_a_published_model_end_at_the_first_full_stop(convert, gpt2):
-    model = convert(whole(perceptron([DIM, WIDTH*5, WIDTH*10]), gpt2)).model.double()
+    model = convert(published_state(perceptron(DIM, 10), gpt2)).model.double()
     assert len(model.tokenizer) == len(model.gpt2.get_input_embeddings().weight) == 605  # no token is added
     for beams in (1, 5):
         texts = generate_from_embeddings(FEW, model, 30, beams)
@@ -300,7 +228,7 @@ def test_runs_are_not_trained_with_plain_captions(outputs):
 # --- the captioner and its folder
 
 def test_captioner_of_photos_is_its_embeddings_and_their_probabilities(convert, gpt2, clip_mini):
-    captioner = convert(whole(perceptron([DIM, WIDTH*5, WIDTH*10]), gpt2))
+    captioner = convert(published_state(perceptron(DIM, 10), gpt2))
     photos = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue")]
     captions, model = captioner(photos, max_length=20), captioner.model
     embeddings = encode_images(clip_mini[0], torch.stack([clip_mini[1](photo) for photo in photos])).clone()
@@ -317,7 +245,7 @@ def test_folder_names_what_it_does_not_hold(write, gpt2, gpt2_folder, tmp_path, 
     (tmp_path/"bare").mkdir()
     shutil.copy(gpt2_folder/"config.json", tmp_path/"bare")
     out, tuned, made = tmp_path/"captioner", kind == "mlp", MADE[kind][0]()
-    torch.save(whole(made, gpt2 if tuned else None), tmp_path/"weights.pt")
+    torch.save(published_state(made, gpt2 if tuned else None), tmp_path/"weights.pt")
     import_published(tmp_path/"weights.pt", out, "mini", str(tmp_path/"bare"))
     assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     about = json.loads((out/"config.json").read_text())
@@ -331,7 +259,7 @@ def test_folder_names_what_it_does_not_hold(write, gpt2, gpt2_folder, tmp_path, 
 
 
 def test_self_contained_folder_saves_and_loads_and_notices_changes(convert, gpt2, tmp_path):
-    captioner = convert(whole(perceptron([DIM, WIDTH*5, WIDTH*10]), gpt2))
+    captioner = convert(published_state(perceptron(DIM, 10), gpt2))
     first = [str(c) for c in captioner.caption_embeddings(FEW.float(), max_length=12)]
     captioner.save_pretrained(tmp_path/"again")
     again = Captioner.from_pretrained(tmp_path/"again", "cpu")
@@ -346,7 +274,7 @@ def test_self_contained_folder_saves_and_loads_and_notices_changes(convert, gpt2
 def test_command_converts_without_clip_and_network_and_says_what_it_assumed(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "clip", None)
     monkeypatch.setattr(socket, "socket", None)
-    torch.save({**whole(transformer(640, 4, 2, 768)), "gpt.transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}, tmp_path/"weights.pt")
+    torch.save({**published_state(transformer(640, 4, 2, 768)), "gpt.transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}, tmp_path/"weights.pt")
     def run(*words): return main(["import", str(tmp_path/"weights.pt"), str(tmp_path/"out"), *words]), *capsys.readouterr()
     status, out, err = run()
     assert (status, err) == (0, "") and out.splitlines() == [
