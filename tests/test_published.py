@@ -3,6 +3,7 @@ import json
 import shutil
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,11 +61,11 @@ def gpt2(gpt2_folder, stop):
 @pytest.fixture
 def write(tmp_path, gpt2_folder):
     "A function that writes a file of weights and reads it: `write({...}, prefix='module.')`."
-    def make(state, prefix="", suffix="pt", wrap=lambda state: state, **options):
+    def make(state, prefix="", suffix="pt", wrap=lambda state: state, old=False, **options):
         from safetensors.torch import save_file
-        path, state = tmp_path/f"weights.{suffix}", {prefix + key: value for key, value in state.items()}
+        path, state = tmp_path/f"weights.{suffix}", {prefix + key: value for key, value in state.items()} if prefix else state
         if suffix == "safetensors": save_file({key: value.clone() for key, value in state.items()}, path)
-        else: torch.save(wrap(state), path)
+        else: torch.save(wrap(state), path, _use_new_zipfile_serialization=not old)
         return read_published(path, **{"clip_model": "mini", "gpt2_model": str(gpt2_folder), **options})
     return make
 
@@ -110,6 +111,7 @@ def test_prefixes_logits_and_captions_are_the_authors(convert, gpt2, stop, kind)
 
 FORMS = {"plain": {}, "module": dict(prefix="module."), "safetensors": dict(suffix="safetensors"),
          "in a checkpoint": dict(wrap=lambda state: {"model": state, "epoch": 9, "optimizer": {"state": {}, "lr": 2e-5}}),
+         "of old PyTorch": dict(old=True), "with integer keys beside": dict(wrap=lambda state: {0: {}, "model": state}),
          "of several GPUs": dict(prefix="model.module.", wrap=lambda s: {"state_dict": s})}
 
 
@@ -161,6 +163,7 @@ def changed_transformer(**changes):
     (lambda: changed(clip_project__model__2__bias=torch.full((320,), torch.nan)), {}, "clip_project.model.2.bias holds NaN or infinity"),
     (lambda: changed(clip_project__model__0__weight=torch.zeros(7, DIM)), {}, "another shape: clip_project.model.0.weight (7, 128) for (160, 128)"),
     (lambda: changed(clip_project__linear__weight=torch.zeros(2)), {}, "holds several mapping networks: 'clip_project.model.0.weight', 'clip_project.linear.weight'"),
+    (lambda: {**changed(), 3: torch.zeros(2)}, {}, "1 tensors are unknown: 3; "),
     (lambda: changed(epoch=3), {}, "'epoch' is no tensor; where it was made, save its weights alone"),
     (lambda: changed(), dict(prefix="module.", wrap=lambda s: {**s, "head": torch.zeros(2)}), "beside the captioner 'module.…' it holds 'head'"),
     (lambda: changed(), dict(clip_model=None), "its embeddings have 128 numbers, which several CLIPs have or none; name the one it was trained with: clip_model=… (--clip)"),
@@ -287,3 +290,19 @@ def test_command_converts_without_clip_and_network_and_says_what_it_assumed(tmp_
     for words, text in ((["--normalize", "maybe"], "--normalize=maybe is unknown; choose one of auto, yes, no"), (["--clip", "ViT-B/32"], "of clip_model='ViT-B/32' 512")):
         status, out, err = run(*words)
         assert (status, out) == (1, "") and text in err
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_tokenizer_alone_makes_a_folder_that_needs_no_other_gpt2(tmp_path, gpt2_folder, request, real):
+    "Sizes come from the weights, with 64 numbers per attention head."
+    if real: vocabulary = request.getfixturevalue("shared")/"gpt2_tokenizer"
+    else: vocabulary = Path(shutil.copytree(gpt2_folder, tmp_path/"words", ignore=shutil.ignore_patterns("config.json", "model.safetensors", "generation_config.json")))
+    words = 50257 if real else 605
+    config = GPT2Config(vocab_size=words, n_embd=64, n_layer=1, n_head=1, n_positions=96, bos_token_id=0, eos_token_id=0)
+    model, network = GPT2LMHeadModel(config).eval(), transformer(DIM, 3, 1, 64)
+    torch.save(published_state(network, model), tmp_path/"weights.pt")
+    import_published(tmp_path/"weights.pt", tmp_path/"out", "mini", str(vocabulary))
+    captioner = Captioner.from_pretrained(tmp_path/"out", "cpu")
+    assert captioner.model.gpt2.config.n_head == 1 and len(captioner.model.tokenizer) == words and captioner.model.stop_id == 13
+    prefix = transformer_prefix(network, F.normalize(FEW).float(), 64)
+    torch.testing.assert_close(last_logits(captioner.model.gpt2, captioner.model.prefix(FEW)), model(inputs_embeds=prefix).logits[:, -1:], rtol=1e-4, atol=1e-4)

@@ -56,7 +56,7 @@ def read_state(
     other = [key for key in state if not str(key).startswith(prefix)]
     if other: raise ValueError(f"{path}: beside the captioner '{prefix}…' it holds {other[0]!r}; {_SAVE}")
     if other := [key for key, value in state.items() if not torch.is_tensor(value)]: raise ValueError(f"{path}: {other[0]!r} is no tensor; {_SAVE}")
-    return kind, {key.removeprefix(prefix): value for key, value in state.items()}
+    return kind, {str(key).removeprefix(prefix): value.detach() for key, value in state.items()}
 
 # %% ../../nbs/decoding/published.ipynb #0381ce87
 _GPT2 = {"gpt2": (768, 12), "gpt2-medium": (1024, 24), "gpt2-large": (1280, 36), "gpt2-xl": (1600, 48), "distilgpt2": (768, 6)}  # width, layers
@@ -219,7 +219,7 @@ def read_published(
                     embedding_scaling="unit" if normalize else "none", max_length=67, precision="float32")
     return Published(config, clip_dim, our_names(kind, own), gpt2, gpt2_config, dropped)
 
-# %% ../../nbs/decoding/published.ipynb #7dc27968
+# %% ../../nbs/decoding/published.ipynb #6c73a423
 _VOCABULARY = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -234,7 +234,7 @@ def _put_gpt2_inside(published, folder):
     with atomic_path(inside/"config.json") as temporary: temporary.write_text(published.gpt2_config.to_json_string(), "utf-8")
     return replace(published.config, gpt2_tuning="none"), gpt2_hashes(str(inside.resolve()))
 
-# %% ../../nbs/decoding/published.ipynb #4b320c80
+# %% ../../nbs/decoding/published.ipynb #d3531e81
 def import_published(
     path: str | Path,  # as in `read_state`
     out: str | Path,  # folder; made where missing
