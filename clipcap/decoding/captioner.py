@@ -21,7 +21,7 @@ import torch
 from fastcore.basics import patch
 from huggingface_hub import ModelHubMixin, snapshot_download
 
-from ..core import DECODING, ENCODERS, Config, Run
+from ..core import DECODING, ENCODERS, FIELDS, Config, Run
 from ..data import encode_images, load_data
 from .load import load_ensemble
 from .model_folder import CARD, CONFIG, INSIDE, WEIGHTS, WRITING, model_tensors, read_folder, write_folder
@@ -236,7 +236,8 @@ class Captioner(PhotoCaptioner, ModelHubMixin, library_name="clipcap"):
     ) -> "Captioner":
         "Load what a run has trained, with its ensemble. Raises `ValueError` as `load_run` does."
         if not Run(name).manifest: raise ValueError(f"there is no run {name!r} in {Run(name).path.parent}")
-        config = Run(name).config()
+        config, trained = Run(name).config(), Run(name).config("03_train")
+        config = replace(config, **{n: getattr(trained, n) for n, f in FIELDS.items() if f["stage"] in ("01_data", "02_model")})
         model = load_ensemble([name, *config.ensemble.split()], config.checkpoint if epoch is None else epoch, device, precision)
         return cls(model, replace(config, device=device, precision=precision or config.precision), Run(name))
 
