@@ -21,6 +21,7 @@ from test_stream import json_lines, save_run, varied_model
 import clipcap
 from clipcap.apps.cli import main
 from clipcap.core import make_config
+from clipcap.data import encode_images
 from clipcap.decoding.captioner import Caption, Captioner, token_mask
 from clipcap.decoding.model_folder import SETTINGS, WRITING
 from clipcap.formats.clip_files import SIZES
@@ -229,14 +230,17 @@ def test_a_captioner_of_embeddings_captions_them(captioner, tmp_path):
 
 # --- log-probabilities
 
+def embeddings_of(captioner, photos):
+    return encode_images(captioner.model.clip, torch.stack([captioner.model.preprocess(Image.open(p).convert("RGB")) for p in photos])).clone()
+
+
 @pytest.mark.numerics
 @pytest.mark.parametrize("options", [{}, {"num_beams": 1}, {"temperature": 1.}, {"start_token": "given"}, {"max_length": 4}], ids=str)
 def test_log_probability_is_the_loss_of_the_caption(captioner, photos, options):
-    from clipcap.data import encode_images
     model = captioner.model
-    for photo, caption in zip(photos, captioner(photos, **options)):
-        embedding, ids = encode_images(model.clip, model.preprocess(Image.open(photo).convert("RGB"))[None]).clone(), torch.tensor([caption.ids])
-        loss = model(embedding, ids, torch.ones_like(ids)).item()/len(caption.ids)
+    for embedding, caption in zip(embeddings_of(captioner, photos), captioner(photos, **options)):
+        ids = torch.tensor([caption.ids])
+        loss = model(embedding[None], ids, torch.ones_like(ids)).item()/len(caption.ids)
         assert abs(caption.log_probability + loss) < 1e-5 and abs(sum(caption.log_probabilities)/len(caption.ids) + loss) < 1e-5
         assert [word for word, _ in caption.words] == caption.text.split() and all(0 < p <= 1 for _, p in caption.words)
         special = sum(p for i, p in zip(caption.ids, caption.log_probabilities) if i in model.tokenizer.all_special_ids)
@@ -246,15 +250,12 @@ def test_log_probability_is_the_loss_of_the_caption(captioner, photos, options):
 
 @pytest.mark.numerics
 def test_log_probability_of_an_ensemble_is_the_mean(captioner, photos):
-    other = varied_model(max_length=12, seed=1)
     both = Captioner(varied_model(max_length=12), captioner.config)
-    both.model.ensemble = torch.nn.ModuleList([other])
-    for caption in both(photos):
+    both.model.ensemble = torch.nn.ModuleList([varied_model(max_length=12, seed=1)])
+    for caption, embedding in zip(both(photos), embeddings_of(both, photos)):
         ids = torch.tensor([caption.ids])
-        embedding = both.model.clip.encode_image(both.model.preprocess(Image.open(photos[0]).convert("RGB"))[None]).float()
-        break
-    mean = -sum(m(embedding, ids, torch.ones_like(ids)).item() for m in (both.model, other))/2/len(caption.ids)
-    assert abs(caption.log_probability - mean) < 1e-5
+        mean = -sum(m(embedding[None], ids, torch.ones_like(ids)).item() for m in (both.model, *both.model.ensemble))/2/len(caption.ids)
+        assert abs(caption.log_probability - mean) < 1e-5
 
 
 def test_tokens_end_with_the_first_end_token():
@@ -309,7 +310,8 @@ DAMAGE = {
     "unknown setting": (edited(telepathy=1), "config.json: the setting 'telepathy' is unknown"), "missing setting": (edited(num_heads=None), "config.json: the setting 'num_heads' is missing"),
     "impossible setting": (edited(num_beams=0), "config.json: num_beams=0 is too small"), "setting of another type": (edited(num_layers="2"), "config.json: num_layers='2' is a str"),
     "unknown network": (edited(mapping_network="os:system"), "config.json: mapping_network='os:system' is unknown"), "key of another type": (edited(clip_dim="x"), "config.json: clip_dim='x' is a str"),
-    "unknown part": (edited(inside=["../x"]), r"config.json: inside=\['../x'\]; it may list"), "part that is missing": (edited(inside=["gpt2_model"]), "gpt2 is missing; save it again"),
+    "unknown part": (edited(inside=["../x"]), r"config.json: inside=\['../x'\]; it may list"), "part that is missing": (edited(inside=["gpt2_model"]), "gpt2 is missing, or holds no safetensors file; save it again"),
+    "part as a pickle": (lambda f: ((f/"gpt2").mkdir(), torch.save({}, f/"gpt2"/"pytorch_model.bin"), edited(inside=["gpt2_model"])(f)), "gpt2 is missing, or holds no safetensors file"),
     "other CLIP": (edited(encoder="mini@0123456789abcdef"), "config.json: encoder was 'mini@0123456789abcdef', and clip_model='mini' is 'mini@.*'; name the one it was made with"),
     "other language model": (edited(language_model={"gpt2": "mini@0123"}), "config.json: gpt2 was 'mini@0123', and gpt2_model='mini' is 'mini@.*'; name the one"),
     "other tokenizer": (edited(language_model={"tokenizer": "0123"}), "config.json: tokenizer was '0123'"),
@@ -448,11 +450,6 @@ def test_reranked_captions_have_probabilities_and_are_saved_without_reranking(tr
     captioner.config = dataclasses.replace(captioner.config, **options)
     with pytest.warns(UserWarning, match="rerank='mbr' needs the training data, which are not saved"): captioner.save_pretrained(tmp_path)
     assert Captioner.from_pretrained(tmp_path, device="cpu")(photos[0]).text == captioner(photos[0], rerank="none", temperature=0.).text
-
-
-def embeddings_of(captioner, photos):
-    from clipcap.data import encode_images
-    return encode_images(captioner.model.clip, torch.stack([captioner.model.preprocess(Image.open(p).convert("RGB")) for p in photos]))
 
 
 # --- the command
