@@ -154,12 +154,14 @@ def embed(
 def caption(
     photos: Param("Folders (with all below them), photos, webdataset tars, .txt lists, addresses; - reads paths from standard input", str, nargs="+"),
     run: str = "demo",  # Name of a trained run
+    model: str = "",  # Folder of Captioner.save_pretrained, or its name on the hub, in place of the run
     out: str = "",  # Captions file (JSON Lines), resumed where it was begun; standard output if empty; with --cluster a folder
     epoch: str = "",  # Checkpoint: a number, or best; the last if empty
     num_beams: int = None,  # 1 is greedy; the run's own if not given
     batch_size: int = 32,  # Photos captioned at once; changes speed and memory, and sampled captions
     device: str = "auto",  # auto, cpu, cuda or mps
     precision: str = "",  # float32, bfloat16 or auto; the run's own if empty
+    scores: bool = False,  # Also write each caption's mean log-probability per token
     restart: bool = False,  # Begin the captions anew
     cluster: str = "",  # As for clipcap embed
     workers: int = None,  # As for clipcap embed
@@ -167,14 +169,17 @@ def caption(
 ) -> dict:  # counts, as `caption_files` gives them, or with `cluster` what `index.json` says
     "Caption photos; each caption is one line of JSON."
     epoch = int(epoch) if epoch.isdecimal() else epoch or None
+    if model and run != "demo": raise ValueError(f"--run {run} and --model {model}: name one of them")
     if cluster:
         from clipcap.scale.shards import captioner
         if not out: raise ValueError("--cluster writes a folder of captions files; name it with --out")
-        make = partial(captioner, run, epoch, num_beams, batch_size, precision or None)
+        if model: raise ValueError("--cluster captions with a run (--run); leave out --model, or caption on one machine")
+        make = partial(captioner, run, epoch, num_beams, batch_size, precision or None, scores=scores)
         return _write_shards(make, photos, out, shard_size, False, restart, device, cluster, workers)
     from clipcap.decoding.stream import caption_files
     from clipcap.scale.sources import open_photo, read_sources
-    return caption_files(read_sources(photos), run, out or None, epoch, num_beams, batch_size, device, precision or None, restart, open_photo)
+    return caption_files(read_sources(photos), run, out or None, epoch, num_beams, batch_size, device, precision or None, restart, open_photo,
+                         scores, model)
 
 # %% ../../nbs/apps/cli.ipynb #b7e10032
 def verify_run(

@@ -21,7 +21,7 @@ import torch
 from fastcore.basics import patch
 from huggingface_hub import ModelHubMixin, snapshot_download
 
-from ..core import DECODING, ENCODERS, Config, Run
+from ..core import DECODING, ENCODERS, FIELDS, Config, Run
 from ..data import encode_images, load_data
 from .load import load_ensemble
 from .model_folder import CARD, CONFIG, INSIDE, WEIGHTS, WRITING, model_tensors, read_folder, write_folder
@@ -236,7 +236,8 @@ class Captioner(PhotoCaptioner, ModelHubMixin, library_name="clipcap"):
     ) -> "Captioner":
         "Load what a run has trained, with its ensemble. Raises `ValueError` as `load_run` does."
         if not Run(name).manifest: raise ValueError(f"there is no run {name!r} in {Run(name).path.parent}")
-        config = Run(name).config()
+        config, trained = Run(name).config(), Run(name).config("03_train")
+        config = replace(config, **{n: getattr(trained, n) for n, f in FIELDS.items() if f["stage"] in ("01_data", "02_model")})
         model = load_ensemble([name, *config.ensemble.split()], config.checkpoint if epoch is None else epoch, device, precision)
         return cls(model, replace(config, device=device, precision=precision or config.precision), Run(name))
 
@@ -253,7 +254,7 @@ class Captioner(PhotoCaptioner, ModelHubMixin, library_name="clipcap"):
         "Load a captioner that was saved. Raises `ValueError` naming the file and what is wrong in it."
         folder = _folder_of(pretrained_model_name_or_path, options)
         model, config, about = read_folder(folder, device, precision, clip_model=clip_model, gpt2_model=gpt2_model)
-        card = (folder/CARD).read_text("utf-8") if (folder/CARD).is_file() else ""
+        card = (folder/CARD).read_text("utf-8", "replace") if (folder/CARD).is_file() else ""
         return cls(model, config, card=card, **about)
 
 # %% ../../nbs/decoding/captioner.ipynb #aacaa305
@@ -304,7 +305,7 @@ def _save(captioner, folder, include_backbones):
     if config.rerank != "none":
         warnings.warn(f"rerank={config.rerank!r} needs the training data, which are not saved: captions of {folder} are those of the search alone")
         config = replace(config, rerank="none", beam_groups=1, temperature=0.)
-    clip_dim = next(m for m in model.mapping_network.modules() if isinstance(m, torch.nn.Linear)).in_features
+    clip_dim = about.get("clip_dim") or next(m for m in model.mapping_network.modules() if isinstance(m, torch.nn.Linear)).in_features
     tensors = model_tensors(model, config)
     if model.precision != "float32":  # rows of added tokens were rounded
         exact = about.get("added") or model_tensors(load_model(replace(config, precision="float32", device="cpu"), clip_dim), config)
@@ -321,5 +322,5 @@ def _check_shared(config):
     "Raise `ValueError` for a frozen part that lies in a folder of this machine."
     for name in INSIDE:
         value = getattr(config, name)
-        if value != "mini" and value not in ENCODERS and resolve_path(value).exists():
+        if value != "mini" and value not in ENCODERS and resolve_path(value.rpartition(":")[2]).exists():
             raise ValueError(f"{name}={value!r} is on this machine alone; send it along: push_to_hub(…, include_backbones=True)")

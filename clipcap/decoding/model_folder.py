@@ -204,7 +204,8 @@ def read_folder(
     "Read a captioner. Raises `ValueError` naming the file and what is wrong in it."
     about, config = read_config(folder)
     for name in about["inside"]:
-        if not (folder/INSIDE[name]).exists(): raise ValueError(f"{folder/INSIDE[name]} is missing; {_AGAIN}")
+        if not (folder/INSIDE[name]).is_file() and not any((folder/INSIDE[name]).glob("*.safetensors")):
+            raise ValueError(f"{folder/INSIDE[name]} is missing, or holds no safetensors file; {_AGAIN}")
     inside = {name: str((folder/INSIDE[name]).absolute()) for name in about["inside"]}  # not resolved: the hub's cache links to files without suffix
     config = replace(config, device=device, precision=precision or config.precision, **{**inside, **{k: v for k, v in parts.items() if v}})
     tensors, clip, preprocess, recorded = read_tensors(folder/WEIGHTS), None, None, about["encoder"]

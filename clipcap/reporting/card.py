@@ -164,4 +164,4 @@ def captioner_card(
         content = {"metadata": Markup(front_matter(name, config, None, False)), "run": name, "config": config, "mini": False, "images": None, "trained": 0,
                    "preset": "", "scores": [], "environment": {}, "finished": ""}
     else: content = (card_content if (run.path/f"scores_{split}.json").is_file() else lambda *args: run_content(*args[:2]))(run, run.config(), split)
-    return _render({**content, "encoder": encoder or "one whose embeddings were given", "gpt2": gpt2 or _short(config.gpt2_model), "shared": True})
+    return _render({**content, "encoder": encoder or content.get("encoder") or "not recorded", "gpt2": gpt2 or _short(config.gpt2_model), "shared": True})

@@ -75,9 +75,10 @@ def captioner(
     batch_size: int = 32,  # photos captioned at once
     precision: str | None = None,  # as in `load_captioner`
     device: str = "auto",  # where to compute
+    scores: bool = False,  # True: with the mean log-probability per token of each caption
 ) -> ShardWriter:  # of captions, JSON Lines
     "Load a run to write captions. Raises `ValueError` as its parts do."
-    settings, captions_of = load_captioner(run, epoch, num_beams, batch_size, device, precision, open_photo)
+    settings, captions_of = load_captioner(run, epoch, num_beams, batch_size, device, precision, open_photo, scores)
     seed, used = settings["seed"], settings["precision"]
     settings["precision"] = precision or writing_config(Run(run)).precision  # as asked: "auto" may differ from machine to machine
     def write(unit, path, header, progress):
