@@ -25,6 +25,7 @@ from .data import encode_images, load_clip
 from .formats.embeddings import Embeddings
 from .formats.photos import preprocess_photos
 from .formats.tokenizer import gpt2_path, load_tokenizer
+from .networks.encoders import as_encoder
 from .networks.language_models import caption_losses, continue_prefix, last_logits, load_gpt2
 from .networks.mapping import check_heads, prepare_embeddings
 from .networks.packing import OneTokenMemoryLayer, keep_freed_memory, pick_dtype
@@ -366,7 +367,7 @@ def load_model(
     device, clip, preprocess = pick_device(config.device), None, None
     if clip_dim is None:
         clip, preprocess, _ = load_clip(config.clip_model, device)
-        clip_dim = clip.visual.output_dim
+        clip_dim = as_encoder(clip).dim
         check_features(config.mapping_network, config.features == "grid", f"features={config.features!r}")
     tokenizer = load_tokenizer(config.gpt2_model)
     gpt2 = load_gpt2(config.gpt2_model, tokenizer, config.seed)

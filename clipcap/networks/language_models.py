@@ -10,14 +10,13 @@ import inspect
 import math
 import re
 import warnings
-from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..core import seed_everything
+from ..formats.pretrained import load_pretrained
 from ..formats.tokenizer import gpt2_path
 from .packing import fuse_gelu, hidden_states, pack, pack_attention, token_losses
 
@@ -177,39 +176,6 @@ def _window(config):
     sizes = [value for name, value in config.to_dict().items() if re.search("(sliding_window|window_size|chunk_size)$", name) and type(value) is int and value]
     return min(sizes, default=math.inf)
 
-# %% ../../nbs/networks/language_models.ipynb #3d8214e8
-_BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$|position_ids$")  # constants that older versions stored
-
-
-_UNREADABLE = (UnpicklingError, EOFError, IndexError)  # what torch raises for a file that is none of its own
-
-
-def _why(error, path):
-    "Tell why a language model can't be loaded; where torch advises to run the code in a file, name the file and how to convert it."
-    if not isinstance(error, _UNREADABLE) and not re.search("weights_only|torch.load", str(error)): return f"{error!s:.600}"
-    files = [str(p) for p in sorted(Path(path).glob("pytorch_model*.bin"))]
-    return (f"{', '.join(files) or 'its file of weights'} holds more than weights, or is damaged; where it was made, write it as safetensors: "
-            "model.save_pretrained(FOLDER)")
-
-
-def _load_whole(name):
-    "Load a model all of whose tensors are in the folder."
-    from transformers import AutoModelForCausalLM, GenerationConfig
-    def refuse(why, fix="pass a folder with config.json and model.safetensors"):
-        raise ValueError(f"gpt2_model={name!r} can't be loaded as a causal language model ({why}); {fix}") from None
-    path = gpt2_path(name)
-    try: gpt2, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False,
-                                                           generation_config=GenerationConfig(), ignore_mismatched_sizes=True, output_loading_info=True)
-    except Exception as error:
-        if "trust_remote_code" in str(error): refuse("it brings code of its own, which is not run", "pass a folder of an architecture that transformers has")
-        refuse(_why(error, path))
-    unexpected = [key for key in info["unexpected_keys"] if not _BUFFERS.search(key)]
-    other = [f"{key} {tuple(found)} for {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]]
-    for keys, what in ((info["missing_keys"], "are missing"), (unexpected, "are unknown to it"), (other, "have another shape")):
-        if keys: refuse(f"{len(keys)} tensors of a {type(gpt2).__name__} {what}: {', '.join(sorted(keys)[:3])}{' ...' if len(keys) > 3 else ''}",
-                        "pass a folder whose weights are those of its config.json")
-    return gpt2
-
 # %% ../../nbs/networks/language_models.ipynb #73422fd3
 def load_gpt2(
     name: str,  # hub name, local directory of a causal LM, or "mini"
@@ -217,7 +183,8 @@ def load_gpt2(
     seed: int,  # draws the rows of the added tokens
 ) -> nn.Module:  # frozen causal LM, float32, in evaluation mode
     "Load a frozen GPT-2 whose vocabulary has the tokenizer's added tokens. Raises `ValueError` for a folder or an architecture that can't be used."
-    gpt2 = _load_whole(name)
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    gpt2 = load_pretrained(AutoModelForCausalLM, gpt2_path(name), f"gpt2_model={name!r}", "a causal language model", generation_config=GenerationConfig())
     try:
         known = gpt2.get_input_embeddings().weight.shape[0]
         if len(tokenizer) > known:
