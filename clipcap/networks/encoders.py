@@ -28,6 +28,7 @@ class Encoder(Protocol):
     dim: int  # numbers per vector
     tokens: int | None  # patches per photo; None: it has one vector alone
     encoder: str  # "name@hash"
+    before: int | None  # tokens before the patches, whose first becomes the embedding; None: it is made in another way
 
     def encode(self, images: torch.Tensor, features: str = "embedding") -> torch.Tensor:
         "Encode preprocessed images (B, 3, H, W): one vector each (B, D), or for 'grid' one per patch (B, T, D). Gradients flow."
@@ -38,6 +39,7 @@ class Encoder(Protocol):
 # %% ../../nbs/networks/encoders.ipynb #8cfe376a
 class ClipEncoder:
     "OpenAI's CLIP, or another module with `encode_image`, as an `Encoder` of images."
+    before = 1
 
     def __init__(self, clip: nn.Module): self.clip = clip
 
@@ -83,7 +85,7 @@ def weights_hash(
     for key, tensor in sorted(network.state_dict().items()): digest.update(key.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()[:16]
 
-
+# %% ../../nbs/networks/encoders.ipynb #b2efe827
 class LibraryEncoder(nn.Module):
     "An `Encoder` around a model of another library; subclasses say how it is called."
 
@@ -96,7 +98,8 @@ class LibraryEncoder(nn.Module):
         notes: str,  # configuration, for the hash
     ):
         super().__init__()
-        self.network, self.preprocess, self.setting = network.float().eval().requires_grad_(False), preprocess, setting
+        self.network, self.preprocess, self.setting = network.float().requires_grad_(False), preprocess, setting
+        self.eval()
         self.encoder = self.encoder_id = f"{label}@{weights_hash(network, notes)}"
         try: self._measure()
         except Exception as error: raise ValueError(f"{setting} is a {type(network).__name__}, which can't be used as an image encoder: {error!s:.300}") from None
@@ -107,11 +110,11 @@ class LibraryEncoder(nn.Module):
         blank = self.preprocess(Image.new("RGB", (48, 32), "gray"))[None]
         seen = self.encode(blank)
         if not torch.is_tensor(seen) or seen.ndim != 2 or not seen.isfinite().all(): raise ValueError("it gives no vector of finite numbers for a photo")
-        self.dim, self.tokens, self.without = seen.shape[1], None, ""
+        self.dim, self.tokens, self.before, self.without = seen.shape[1], None, None, ""
         try: patches = self.patches(blank)
         except Exception as error: self.without = f"{error!s:.200}"
         else:
-            if patches.shape[2] == self.dim: self.tokens = patches.shape[1]
+            if patches.shape[2] == self.dim: self.tokens, self.before = patches.shape[1], self.class_tokens() or None
             else: self.without = f"its patches have {patches.shape[2]} numbers, and its embedding {self.dim}"
 
     def encode(self, images: torch.Tensor, features: str = "embedding") -> torch.Tensor:
@@ -119,6 +122,8 @@ class LibraryEncoder(nn.Module):
         if features == "embedding": return self.embed(images)
         if self.tokens is None: raise ValueError(f"features='grid' needs one vector per patch, and {self.setting} has none ({self.without}); choose features='embedding'")
         return self.patches(images)
+
+    def class_tokens(self) -> int: return 0  # before the patches, whose first becomes the embedding
 
     def encode_texts(self, texts: list[str]) -> torch.Tensor:
         "Encode texts as `Encoder` says."
@@ -161,6 +166,8 @@ class HubEncoder(LibraryEncoder):
 
     @property
     def visual(self) -> nn.Module: return getattr(self.network, "vision_model", self.network)
+
+    def class_tokens(self) -> int: return self.first
 
     def _look(self, images): return getattr(self.network, "get_image_features", self.network)(pixel_values=images)
 
@@ -233,6 +240,8 @@ class OpenClipEncoder(LibraryEncoder):
 
     @property
     def visual(self) -> nn.Module: return self.network.visual
+
+    def class_tokens(self) -> int: return int(getattr(self.network.visual, "pool_type", "") == "tok")
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         "Return one vector per image."
