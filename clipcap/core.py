@@ -35,8 +35,10 @@ MAPPING_NETWORKS = {  # value of `mapping_network` -> class: (clip_dim, gpt2_dim
     "linear": "clipcap.networks.mapping:LinearMapping",
     "lowrank": "clipcap.networks.mapping:LowRankMapping",
 }
-ENCODERS = {  # value of `clip_model`, beside OpenAI's names and files -> function: () -> (model, preprocess, "name@hash")
+ENCODERS = {  # value of `clip_model`, beside OpenAI's names and files -> function: () -> (model, preprocess); PREFIX: -> function: rest -> `Encoder`
     "mini": "clipcap.data:load_mini_clip",
+    "hf:": "clipcap.networks.encoders:load_hub_encoder",
+    "open_clip:": "clipcap.networks.encoders:load_open_clip",
 }
 RERANKERS = {  # value of `rerank` -> class: (data, config, encode), called with `Candidates`; None: the first beam is the caption
     "none": None,

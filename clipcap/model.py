@@ -27,7 +27,8 @@ from .decoding.mean_beams import mean_beam_search
 from .formats.embeddings import Embeddings
 from .formats.photos import preprocess_photos
 from .formats.tokenizer import gpt2_path, load_tokenizer
-from .networks.language_models import caption_losses, continue_prefix, last_logits, load_gpt2
+from .networks.encoders import as_encoder
+from .networks.language_models import caption_losses, continue_prefix, last_logits, load_gpt2, to_precision
 from .networks.mapping import check_heads, prepare_embeddings
 from .networks.packing import OneTokenMemoryLayer, keep_freed_memory, pick_dtype
 from .runs.hashes import hash_once
@@ -94,7 +95,7 @@ def check_features(
                          "use mapping_network='grid', or features='embedding' (or embeddings of shape (N, D))")
 
 # %% ../nbs/02_model.ipynb #b7e10022
-_TOKENIZER = ("tokenizer*.json", "tokenizer*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model")
+_TOKENIZER = ("tokenizer*.json", "tokenizer*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model", "sentencepiece*.model")
 
 
 def gpt2_hashes(
@@ -200,11 +201,12 @@ def generate_ids(
     prefix = model.prefix(embeddings.to(model.device)).to(model.gpt2.dtype)  # (B, P, d)
     averaged = [AveragedPredictions(model.ensemble, embeddings, rows)] if model.ensemble else []
     begin = [partial(_force_start_token, model.tokenizer.bos_token_id)] if start_token == "given" else []
+    if len(unknown := getattr(model.gpt2, "unknown_ids", ())): begin.append(lambda written, scores: scores.index_fill(1, unknown.to(scores.device), -torch.inf))
     special = {"bos_token_id": model.tokenizer.bos_token_id, "eos_token_id": model.stop_id, "pad_token_id": model.tokenizer.pad_token_id}
     if model.stop and num_beams > 1 and not temperature:
         if other := [*options, *(["processors"] if averaged or processors else [])]:
             raise ValueError(f"{', '.join(other)}: the search for captions that end at {model.stop!r} has no such option; leave it out, or use num_beams=1")
-        ids = mean_beam_search(model.gpt2, prefix, model.stop_id, special["pad_token_id"], num_beams, max_length)[0][:, :num_return_sequences].flatten(0, 1)
+        ids = mean_beam_search(model.gpt2, prefix, model.stop_id, special["pad_token_id"], num_beams, max_length, unknown)[0][:, :num_return_sequences].flatten(0, 1)
     else: ids = continue_prefix(
         model.gpt2, prefix, rows, (*averaged, *processors, *begin), max_new_tokens=max_length, num_beams=num_beams,
         num_return_sequences=num_return_sequences, do_sample=temperature > 0, temperature=temperature or None, early_stopping=num_beams > 1,
@@ -362,7 +364,8 @@ def tune_gpt2(
         from peft import LoraConfig, inject_adapter_in_model
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft detects by itself that GPT-2 stores its matrices transposed
-            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2*rank, target_modules="all-linear"), gpt2)
+            try: inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2*rank, target_modules="all-linear"), gpt2)
+            except ValueError as error: raise ValueError(f"gpt2_tuning='lora' can't be used with a {type(gpt2).__name__} ({error!s:.200}); choose 'full' or 'none'") from None
     return gpt2
 
 
@@ -384,7 +387,7 @@ def load_model(
     device, clip, preprocess = pick_device(config.device), None, None
     if clip_dim is None:
         clip, preprocess, _ = load_clip(config.clip_model, device)
-        clip_dim = clip.visual.output_dim
+        clip_dim = as_encoder(clip).dim
         check_features(config.mapping_network, config.features == "grid", f"features={config.features!r}")
     tokenizer = load_tokenizer(config.gpt2_model, config.caption_format)
     gpt2 = load_gpt2(config.gpt2_model, tokenizer, config.seed)
@@ -397,7 +400,7 @@ def load_model(
     prepare_embeddings(network, clip_dim, config.embedding_scaling, config.embedding_noise, config.embedding_dropout)
     keep_freed_memory()
     torch.backends.fp32_precision = "ieee"  # no TF32: where float32 is asked for, it is float32
-    if config.gpt2_tuning == "none": gpt2.to(pick_dtype(config.precision, device, width))
+    if config.gpt2_tuning == "none": to_precision(gpt2, pick_dtype(config.precision, device, width))
     elif config.precision == "bfloat16":
         raise ValueError(f"precision='bfloat16' is too coarse to learn in; gpt2_tuning={config.gpt2_tuning!r} needs 'auto' or 'float32'")
     tune_gpt2(gpt2, config.gpt2_tuning, config.lora_rank)
@@ -407,7 +410,8 @@ def load_model(
 def _check_positions(config, gpt2):
     "Raise `ValueError` where prefix and caption need more positions than GPT-2 has."
     needed = config.prefix_length + config.max_length
-    known = getattr(gpt2.config, "max_position_embeddings", needed)
+    sizes = gpt2.config.get_text_config()
+    known = next((n for name in ("max_position_embeddings", "max_seq_len") if (n := getattr(sizes, name, None))), needed)
     if needed > known:
         raise ValueError(f"prefix_length={config.prefix_length} and max_length={config.max_length} need {needed} positions; "
                          f"{config.gpt2_model!r} has {known}: shorten one of them")

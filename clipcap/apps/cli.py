@@ -134,7 +134,7 @@ def _write_shards(make, sources, out, shard_size, relative, restart, device, clu
 def embed(
     source: Param("Folder (with all below it), webdataset tar, .txt list of paths, or address; - reads paths from standard input", str),
     out: Param("Folder or address for embeddings files; resumed where it was begun", str),
-    clip_model: str = "ViT-B/32",  # Name of an OpenAI model, a file, or mini
+    clip_model: str = "ViT-B/32",  # Name of an OpenAI model, a file, mini, hf:NAME_OR_FOLDER, or open_clip:MODEL/PRETRAINED
     features: str = "embedding",  # embedding, or grid: a vector for each patch
     dtype: str = "float32",  # or float16: half the size
     shard_size: int = 1000,  # Photos per file; a tar is a file
@@ -145,9 +145,9 @@ def embed(
     workers: int = None,  # Processes there; by default one per GPU, else one per CPU
 ) -> dict:  # what `index.json` says
     "Embed photos with CLIP, into files that training takes in its place."
-    from clipcap.runs.files import resolve_path
+    from clipcap.networks.encoders import absolute_encoder
     from clipcap.scale.shards import embedder
-    if resolve_path(clip_model).is_file(): clip_model = str(resolve_path(clip_model))
+    clip_model = absolute_encoder(clip_model)
     return _write_shards(partial(embedder, clip_model, features, dtype, batch_size), [source], out, shard_size, True, restart, device, cluster, workers)
 
 # %% ../../nbs/apps/cli.ipynb #b9bc3964

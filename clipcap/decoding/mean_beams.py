@@ -18,11 +18,15 @@ def mean_beam_search(
     pad: int,  # token written after the end
     num_beams: int = 5,  # K
     max_length: int = 67,  # largest number of new tokens
+    unknown: torch.Tensor | tuple = (),  # token ids that may not be written
 ) -> tuple[torch.Tensor, torch.Tensor]:  # token ids (B, K, T), best first; mean log-probabilities per token (B, K)
     "Search for captions with the highest mean log-probability per token."
     from transformers import DynamicCache
     cache, words = DynamicCache(config=gpt2.config), gpt2.get_input_embeddings()
-    def predict(vectors): return gpt2(inputs_embeds=vectors, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].log_softmax(-1)
+    unknown = torch.as_tensor(unknown, dtype=torch.long, device=prefix.device)
+    def predict(vectors):
+        logits = gpt2(inputs_embeds=vectors, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        return logits.log_softmax(-1).index_fill(1, unknown, -torch.inf)
     scores, ids = predict(prefix).topk(num_beams)  # (B, K)
     cache.batch_repeat_interleave(num_beams)
     stopped, lengths, ids = ids == stop, torch.ones_like(scores), ids[..., None]

@@ -193,7 +193,7 @@ def write_folder(
         content = {"format": FORMAT, "clipcap": clipcap.__version__, **about, "inside": inside, "sha256": hash_file(paths[WEIGHTS]), "settings": settings}
         paths[CONFIG].write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
-
+# %% ../../nbs/decoding/model_folder.ipynb #e332e46f
 @torch.no_grad()
 def read_folder(
     folder: Path,  # from `write_folder`

@@ -8,19 +8,15 @@ __all__ = ['gpt2_path', 'load_tokenizer', 'token_ids', 'whole_length', 'enclose'
 # %% ../../nbs/formats/tokenizer.ipynb #92eb030f
 from pathlib import Path
 
-from ..runs.files import asset_path, resolve_path
+from .pretrained import folder_or_name
+from ..runs.files import asset_path
 
 # %% ../../nbs/formats/tokenizer.ipynb #f8d41911
 def gpt2_path(
     name: str,  # hub name, local directory of a causal LM, or "mini"
 ) -> str:  # what `from_pretrained` takes
     "Return the name or directory that transformers loads. Raises `ValueError` for a missing folder."
-    folder = asset_path("mini/gpt2") if name == "mini" else resolve_path(name)
-    if folder.is_dir(): return str(folder)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"gpt2_model={name!r} can't be loaded: there is no folder {folder}; pass "
-                         "one that exists, relative to the project's root, or a name on the hub")
-    return name
+    return str(asset_path("mini/gpt2")) if name == "mini" else folder_or_name(name, f"gpt2_model={name!r}")
 
 
 _FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tokenizer_config.json")  # of a tokenizer
