@@ -104,6 +104,8 @@ def test_prefixes_logits_and_captions_are_the_authors(convert, gpt2, stop, kind)
     assert [[i[:len(b)] for i, (_, b) in zip(row, found)] for row, found in zip(ids.tolist(), searched)] == [[b for _, b in found] for found in searched]
     torch.testing.assert_close(means, torch.tensor([[mean for mean, _ in found] for found in searched], dtype=torch.float64), rtol=1e-8, atol=1e-8)
     assert len({len(b) for found in searched for _, b in found}) > 3 and ids.eq(pad).any()
+    others = mean_beam_search(model.gpt2, prefix, stop, pad, 5, 20, ids[:, 0, 0].unique())[0][..., 0]
+    assert not torch.isin(others, ids[:, 0, 0]).any()  # tokens that may not be written
     assert generate_ids(FEW, model, 20, 5).equal(ids[:, 0]) and generate_ids(FEW, model, 20, 5, num_return_sequences=2).equal(ids[:, :2].flatten(0, 1))
 
 
@@ -306,3 +308,15 @@ def test_tokenizer_alone_makes_a_folder_that_needs_no_other_gpt2(tmp_path, gpt2_
     assert captioner.model.gpt2.config.n_head == 1 and len(captioner.model.tokenizer) == words and captioner.model.stop_id == 13
     prefix = transformer_prefix(network, F.normalize(FEW).float(), 64)
     torch.testing.assert_close(last_logits(captioner.model.gpt2, captioner.model.prefix(FEW)), model(inputs_embeds=prefix).logits[:, -1:], rtol=1e-4, atol=1e-4)
+
+
+def test_captions_file_says_how_captions_are_written_and_a_clip_of_another_size_is_named(convert, gpt2, tmp_path):
+    convert(published_state(perceptron(DIM, 10), gpt2), normalize=True)
+    Image.new("RGB", (64, 64), "red").save(tmp_path/"red.png")
+    assert main(["caption", str(tmp_path/"red.png"), "--model", str(tmp_path/"captioner"), "--out", str(tmp_path/"captions.jsonl"), "--num_beams", "1"]) == 0
+    header, row = map(json.loads, (tmp_path/"captions.jsonl").read_text().splitlines())
+    assert (header["caption_format"], header["embedding_scaling"], header["max_length"], header["num_beams"]) == ("plain", "unit", 67, 1) and row["caption"]
+    path = tmp_path/"captioner/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_dim": 96}))
+    with pytest.raises(ValueError, match="its embeddings have 96 numbers, and those of clip_model='mini' 128; name the one it was trained with"):
+        Captioner.from_pretrained(tmp_path/"captioner", "cpu")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'CONFIG', 'WEIGHTS', 'CARD', 'WRITING', 'SETTINGS', 'INSIDE', 'added_rows', 'own_vocabulary',
            'model_tensors', 'read_tensors', 'check_tensors', 'read_config', 'clip_file', 'copy_backbones',
-           'check_backbone', 'write_folder', 'read_folder']
+           'check_backbone', 'load_recorded_clip', 'write_folder', 'read_folder']
 
 # %% ../../nbs/decoding/model_folder.ipynb #79bdf024
 import json
@@ -23,6 +23,7 @@ from ..data import load_clip
 from ..formats.clip_files import read_clip_weights
 from ..formats.tokenizer import gpt2_path
 from ..model import ClipCapModel, gpt2_hashes, load_model, trained_weights
+from ..networks.encoders import as_encoder
 from ..runs.files import atomic_path, hash_file, resolve_path
 
 # %% ../../nbs/decoding/model_folder.ipynb #9f2080f4
@@ -172,6 +173,20 @@ def check_backbone(
             raise ValueError(f"{where}: {name} was {label!r:.80}, and {setting}={value!r} is {found.get(name)!r:.80}; name the one it was made with: "
                              f"from_pretrained(…, {setting}=…), or save it with include_backbones=True where that one is")
 
+# %% ../../nbs/decoding/model_folder.ipynb #28f3136c
+def load_recorded_clip(
+    where: Path,  # config.json, for the message
+    config: Config,  # which CLIP
+    about: dict,  # what `config.json` says
+) -> tuple:  # CLIP, its preprocess
+    "Load the CLIP of a captioner. Raises `ValueError` where it is not the recorded one; of one that is recorded by its name alone, the size must fit."
+    clip, preprocess, encoder = load_clip(config.clip_model, pick_device(config.device))
+    if "@" in about["encoder"]: check_backbone(where, "clip_model", config.clip_model, {"encoder": about["encoder"]}, {"encoder": encoder})
+    elif (size := as_encoder(clip).dim) != about["clip_dim"]:
+        raise ValueError(f"{where}: its embeddings have {about['clip_dim']} numbers, and those of clip_model={config.clip_model!r} {size}; name the one it was "
+                         "trained with: from_pretrained(…, clip_model=…)")
+    return clip, preprocess
+
 # %% ../../nbs/decoding/model_folder.ipynb #f723e4b5
 def write_folder(
     folder: Path,  # made where missing
@@ -209,9 +224,7 @@ def read_folder(
     inside = {name: str((folder/INSIDE[name]).absolute()) for name in about["inside"]}  # not resolved: the hub's cache links to files without suffix
     config = replace(config, device=device, precision=precision or config.precision, **{**inside, **{k: v for k, v in parts.items() if v}})
     tensors, clip, preprocess, recorded = read_tensors(folder/WEIGHTS), None, None, about["encoder"]
-    if recorded:
-        clip, preprocess, encoder = load_clip(config.clip_model, pick_device(device))
-        if "@" in recorded: check_backbone(folder/CONFIG, "clip_model", config.clip_model, {"encoder": recorded}, {"encoder": encoder})
+    if recorded: clip, preprocess = load_recorded_clip(folder/CONFIG, config, about)
     model = load_model(config, about["clip_dim"])
     check_backbone(folder/CONFIG, "gpt2_model", config.gpt2_model, about["language_model"], gpt2_hashes(config.gpt2_model))
     model.clip, model.preprocess = clip, preprocess

@@ -179,6 +179,8 @@ def load_captioner(
 def _folder_settings(captioner, name):
     "Return what `caption_settings` does, of a captioner's folder."
     written, about = {setting: getattr(captioner.config, setting) for setting in ("num_beams", *DECODING, "max_length", "seed")}, captioner.about
+    unusual = {setting: getattr(captioner.config, setting) for setting in ("caption_format", "embedding_scaling")}  # what no weights tell
+    written |= {setting: value for setting, value in unusual.items() if value != getattr(Config, setting)}
     return {"model": Path(name).name, **written, "checkpoint": WEIGHTS, "sha256": about["sha256"][:16], "gpt2": about["language_model"].get("gpt2")}
 
 # %% ../../nbs/decoding/stream.ipynb #84a8bc8d
