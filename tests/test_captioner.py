@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_encoders import write_hub
 from test_stream import json_lines, save_run, varied_model
 
 import clipcap
@@ -36,7 +37,8 @@ KINDS = {
     "mlp": {"mapping_network": "mlp"}, "lowrank": {"mapping_network": "lowrank"}, "scaled": {"mapping_network": "linear", "embedding_scaling": "standard"},
     "lora": {"mapping_network": "linear", "gpt2_tuning": "lora", "lora_rank": 2}, "full": {"mapping_network": "linear", "gpt2_tuning": "full"},
     "llama": {"mapping_network": "linear", "gpt2_model": "llama"}, "whole": {"mapping_network": "mlp", "gpt2_model": "llama", "clip_model": "clip", "prefix_length": 4},
-    "given": {"start_token": "given", "length_penalty": 0.5}}
+    "siglip": {"mapping_network": "linear", "clip_model": "siglip"}, "given": {"start_token": "given", "length_penalty": 0.5}}
+WHOLE = ("whole", "siglip")  # saved with their frozen parts, which are then deleted
 CAPTIONING = """
 import json, sys
 from clipcap import Captioner
@@ -54,9 +56,10 @@ def captioner(): return Captioner(varied_model(max_length=12), make_config("mini
 
 
 def backbones(folder):
-    "A language model that is not GPT-2, of which no token is special, and a CLIP in a file of its own."
+    "A language model that is not GPT-2, an encoder that is no CLIP, and a CLIP in a file of its own."
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(gpt2_path("mini"))
+    write_hub(folder/"siglip", "siglip_vision_model")
     tiny_language_model("llama", len(tokenizer)).save_pretrained(folder/"llama")
     tokenizer.save_pretrained(folder/"llama")
     save_file(load_file(asset_path("mini/clip.safetensors")) | {name: torch.tensor(64) for name in SIZES}, folder/"clip.safetensors")
@@ -65,8 +68,8 @@ def backbones(folder):
 def moved_captioner(folder, kind):
     "A captioner all of whose own weights, rows of added tokens among them, are not those that its seed draws."
     changes = KINDS[kind]
-    places = {"gpt2_model": str(folder/"llama"), "clip_model": str(folder/"clip.safetensors")}
-    config = make_config("mini", **SMALL | changes | {name: places[name] for name in places if name in changes})
+    places = {"llama": str(folder/"llama"), "clip": str(folder/"clip.safetensors"), "siglip": f"hf:{folder/'siglip'}"}
+    config = make_config("mini", **SMALL | {name: places.get(value, value) for name, value in changes.items()})
     model, draw = load_model(config).eval(), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in [*model.mapping_network.parameters(), *(p for p in model.gpt2.parameters() if p.requires_grad)]: p += 0.05*torch.randn(p.shape, generator=draw)
@@ -86,9 +89,9 @@ def loaded(tmp_path_factory, photos):
     shutil.move(there/"moved", elsewhere/"moved")
     expected = {}
     for kind in KINDS:
-        place = elsewhere/"moved" if kind == "whole" else there
+        place = elsewhere/"moved" if kind in WHOLE else there
         captioner = moved_captioner(place, kind)
-        captioner.save_pretrained(there/"saved"/kind, include_backbones=kind == "whole")
+        captioner.save_pretrained(there/"saved"/kind, include_backbones=kind in WHOLE)
         expected[kind] = [[str(c), c.log_probability] for c in captioner(photos)]
     shutil.rmtree(elsewhere/"moved")
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(elsewhere/"hub"), "CLIPCAP_OUTPUTS": str(elsewhere/"outputs"), "PYTHONPATH": str(Path(clipcap.__path__[0]).parent)}

@@ -29,7 +29,7 @@ from ..formats.photos import list_photos, preprocess_photos
 from ..formats.tokenizer import encode_captions
 from ..model import (ClipCapModel, _check_positions, _check_search, generate_caption_batch, generate_ids, generation_options, gpt2_hashes, ids_to_text,
                            load_model, plain_writer)
-from ..runs.files import resolve_path
+from ..networks.encoders import encoder_place
 
 # %% ../../nbs/decoding/captioner.ipynb #c1f922b0
 @dataclass(frozen=True)
@@ -322,5 +322,5 @@ def _check_shared(config):
     "Raise `ValueError` for a frozen part that lies in a folder of this machine."
     for name in INSIDE:
         value = getattr(config, name)
-        if value != "mini" and value not in ENCODERS and resolve_path(value.rpartition(":")[2]).exists():
+        if value != "mini" and value not in ENCODERS and encoder_place(value)[1].exists():
             raise ValueError(f"{name}={value!r} is on this machine alone; send it along: push_to_hub(…, include_backbones=True)")

@@ -23,7 +23,7 @@ from ..data import load_clip
 from ..formats.clip_files import read_clip_weights
 from ..formats.tokenizer import gpt2_path
 from ..model import ClipCapModel, gpt2_hashes, load_model, trained_weights
-from ..networks.encoders import as_encoder
+from ..networks.encoders import as_encoder, encoder_place
 from ..runs.files import atomic_path, hash_file, resolve_path
 
 # %% ../../nbs/decoding/model_folder.ipynb #9f2080f4
@@ -91,7 +91,7 @@ FORMAT = 1  # raise it where a folder can't be read as before
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 WRITING = ("num_beams", "max_length", "start_token", "length_penalty", "no_repeat_ngram", "temperature", "top_p")  # settings of decoding that need no data
 SETTINGS = ("clip_model", "features", "seed", *(name for name, f in FIELDS.items() if f["stage"] == "02_model"), *WRITING, "precision")
-INSIDE = {"clip_model": "clip/model.safetensors", "gpt2_model": "gpt2"}  # setting -> where the part lies that it names
+INSIDE = {"clip_model": "clip", "gpt2_model": "gpt2"}  # setting -> folder of the part that it names
 _KEYS = {"format": int, "clipcap": str, "settings": dict, "clip_dim": int, "encoder": (str, type(None)), "language_model": dict,
          "inside": list, "sha256": str}
 
@@ -130,29 +130,43 @@ def clip_file(
     return path
 
 
+def _copy_parts(source, target):
+    "Copy the files of a model of transformers or open_clip, without those that hold pickles or code."
+    if not any(source.glob("*.safetensors")):
+        raise ValueError(f"include_backbones=True: {source} has no safetensors file; write it as one: model.save_pretrained(FOLDER), and name that folder")
+    for path in source.iterdir():
+        if path.is_file() and path.suffix in (".safetensors", ".json", ".txt", ".model") and path.name[0] != ".": _copy(path, target/path.name)
+
+
+def _folder_of(name):
+    "Return the folder of a model of transformers; of one on the hub, in its cache."
+    from transformers.utils import cached_file
+    return Path(name) if Path(name).is_dir() else Path(cached_file(name, "config.json", local_files_only=True)).parent
+
+
 def copy_backbones(
     config: Config,  # its `clip_model` and `gpt2_model` are on this machine
     folder: Path,  # of a captioner
     with_clip: bool = True,  # False: it captions embeddings alone
 ) -> list[str]:  # settings whose parts are in the folder
     "Write the frozen parts of a captioner into its folder. Raises `ValueError` for parts that are not stored as weights alone."
-    inside = []
-    if with_clip and config.clip_model not in ENCODERS:
-        source, target = clip_file(config.clip_model), folder/INSIDE["clip_model"]
-        with atomic_path(target) as temporary: save_file({name: weight.clone().contiguous() for name, weight in read_clip_weights(source).items()}, temporary)
-        for beside in (source.with_name("open_clip_config.json"), source.with_suffix(".json")):
-            if beside.is_file(): _copy(beside, target.with_name("open_clip_config.json"))
+    inside, name, target = [], config.clip_model, folder/INSIDE["clip_model"]
+    prefix, place = encoder_place(name)
+    if with_clip and name not in ENCODERS:
+        if prefix: _copy_parts(place if place.is_dir() else _folder_of(name.removeprefix(prefix)), target)
+        else: _copy_clip(clip_file(name), target)
         inside.append("clip_model")
     if config.gpt2_model != "mini":
-        from transformers.utils import cached_file
-        source = Path(gpt2_path(config.gpt2_model))
-        if not source.is_dir(): source = Path(cached_file(config.gpt2_model, "config.json", local_files_only=True)).parent
-        if not any(source.glob("*.safetensors")):
-            raise ValueError(f"include_backbones=True: {source} has no safetensors file; write it as one: model.save_pretrained(FOLDER), and name that folder")
-        for path in source.iterdir():
-            if path.is_file() and path.suffix in (".safetensors", ".json", ".txt", ".model") and path.name[0] != ".": _copy(path, folder/INSIDE["gpt2_model"]/path.name)
+        _copy_parts(_folder_of(gpt2_path(config.gpt2_model)), folder/INSIDE["gpt2_model"])
         inside.append("gpt2_model")
     return inside
+
+
+def _copy_clip(source, target):
+    "Write the weights of a CLIP as safetensors, beside them open_clip's configuration."
+    with atomic_path(target/WEIGHTS) as temporary: save_file({name: weight.clone().contiguous() for name, weight in read_clip_weights(source).items()}, temporary)
+    for beside in (source.with_suffix(".json"), source.with_name("open_clip_config.json")):
+        if beside.is_file(): return _copy(beside, target/"open_clip_config.json")
 
 
 def _copy(source, target):
@@ -209,6 +223,13 @@ def write_folder(
         paths[CONFIG].write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 # %% ../../nbs/decoding/model_folder.ipynb #e332e46f
+def _name_inside(folder, setting, value):
+    "Return the value of a setting that names a part in the folder. Raises `ValueError` where the part is missing."
+    place, prefix = folder.absolute()/INSIDE[setting], encoder_place(value)[0]  # not resolved: the hub's cache links to files without suffix
+    if not any(place.glob("*.safetensors")): raise ValueError(f"{folder/INSIDE[setting]} is missing, or holds no safetensors file; {_AGAIN}")
+    return f"{prefix}{place}" if prefix or setting == "gpt2_model" else str(place/WEIGHTS)
+
+
 @torch.no_grad()
 def read_folder(
     folder: Path,  # from `write_folder`
@@ -218,10 +239,7 @@ def read_folder(
 ) -> tuple[ClipCapModel, Config, dict]:  # in evaluation mode; its settings; what `config.json` says, and rows of the added tokens in float32
     "Read a captioner. Raises `ValueError` naming the file and what is wrong in it."
     about, config = read_config(folder)
-    for name in about["inside"]:
-        if not (folder/INSIDE[name]).is_file() and not any((folder/INSIDE[name]).glob("*.safetensors")):
-            raise ValueError(f"{folder/INSIDE[name]} is missing, or holds no safetensors file; {_AGAIN}")
-    inside = {name: str((folder/INSIDE[name]).absolute()) for name in about["inside"]}  # not resolved: the hub's cache links to files without suffix
+    inside = {name: _name_inside(folder, name, about["settings"][name]) for name in about["inside"]}
     config = replace(config, device=device, precision=precision or config.precision, **{**inside, **{k: v for k, v in parts.items() if v}})
     tensors, clip, preprocess, recorded = read_tensors(folder/WEIGHTS), None, None, about["encoder"]
     if recorded: clip, preprocess = load_recorded_clip(folder/CONFIG, config, about)
