@@ -16,7 +16,7 @@ _HOME = {  # where each public name is defined; imported when it is first used
     "read_captions": "formats.readers",
     "ClipCapModel": "model", "MappingNetwork": "model", "generate_caption": "model",
     "generate_caption_batch": "model", "generate_from_embeddings": "model", "load_model": "model",
-    "load_run": "decoding.load",
+    "load_run": "decoding.load", "Caption": "decoding.captioner", "Captioner": "decoding.captioner",
     "train_run": "train", "watch": "train", "explain": "attention", "Scores": "scoring.metrics", "score": "scoring.metrics",
     "run_stages": "apps.pipeline",
 }

@@ -35,8 +35,10 @@ MAPPING_NETWORKS = {  # value of `mapping_network` -> class: (clip_dim, gpt2_dim
     "linear": "clipcap.networks.mapping:LinearMapping",
     "lowrank": "clipcap.networks.mapping:LowRankMapping",
 }
-ENCODERS = {  # value of `clip_model`, beside OpenAI's names and files -> function: () -> (model, preprocess, "name@hash")
+ENCODERS = {  # value of `clip_model`, beside OpenAI's names and files -> function: () -> (model, preprocess); PREFIX: -> function: rest -> `Encoder`
     "mini": "clipcap.data:load_mini_clip",
+    "hf:": "clipcap.networks.encoders:load_hub_encoder",
+    "open_clip:": "clipcap.networks.encoders:load_open_clip",
 }
 RERANKERS = {  # value of `rerank` -> class: (data, config, encode), called with `Candidates`; None: the first beam is the caption
     "none": None,
@@ -91,13 +93,14 @@ class ModelSettings(DataSettings):
     gpt2_model: str = setting("gpt2", "02_model", 'hub name, local directory of a causal language model, or "mini"')
     gpt2_tuning: str = setting("none", "02_model", '"none": GPT-2 stays frozen; "lora": low-rank adapters; "full": all weights', ("none", "lora", "full"))
     lora_rank: int = setting(8, "02_model", "rank of the adapters", least=1)
+    caption_format: str = setting("marked", "02_model", '"marked": between a start and an end token; "plain": no start token, to the first ".", as ClipCap\'s authors write', ("marked", "plain"))
     mapping_network: str = setting("transformer", "02_model", "key of `MAPPING_NETWORKS`", MAPPING_NETWORKS)
     prefix_length: int = setting(10, "02_model", "prefix embeddings per photo", least=1)
     num_layers: int = setting(8, "02_model", "decoder layers of the mapping network", least=1)
     num_heads: int = setting(8, "02_model", "attention heads per layer", least=1)
     feedforward_dim: int = setting(2048, "02_model", "hidden width of each feed-forward part", least=1)
     dropout: float = setting(0.1, "02_model", "dropout in the mapping network, in training", least=0, below=1)
-    embedding_scaling: str = setting("none", "02_model", '"standard": subtract the mean and divide by the standard deviation of the training photos', ("none", "standard"))
+    embedding_scaling: str = setting("none", "02_model", '"standard": subtract the mean and divide by the standard deviation of the training photos; "unit": divide by its length', ("none", "standard", "unit"))
     embedding_noise: float = setting(0.0, "02_model", "standard deviation of noise on the scaled embedding, in training", least=0)
     embedding_dropout: float = setting(0.0, "02_model", "dropout on the embedding, in training", least=0, below=1)
 
@@ -434,6 +437,8 @@ def open_run(
     preset = preset or known.get("preset", "mini")
     run.config()  # is it of this version?
     config = make_config(preset, **{**known.get("config", {}), **{k: v for k, v in changes.items() if v is not None}})
+    if config.caption_format != "marked":
+        raise ValueError(f"caption_format={config.caption_format!r} is of weights that `clipcap import` reads, and no run is trained with it; leave it out")
     if not known: run.update(preset=preset, config=dataclasses.asdict(config), stages={})
     return run, config
 

@@ -37,6 +37,7 @@ from .formats.readers import (SPLITS, Photos, as_photos, check_official, find_la
                                      read_table)
 from .formats.tokenizer import enclose, token_ids
 from .networks.packing import exact_float32
+from .networks.encoders import as_encoder, weights_hash
 from .runs.files import asset_path, atomic_path, hash_file, outputs_dir, project_root, resolve_path
 
 # %% ../nbs/01_data.ipynb #adf52051
@@ -79,8 +80,8 @@ def _openai_clip(name):
     import clip
     path = resolve_path(name)
     if not path.is_file() and name not in clip.available_models():
-        raise ValueError(f"clip_model={name!r} is neither a file nor one of "
-                         f"{clip.available_models()} or {', '.join(map(repr, ENCODERS))}")
+        raise ValueError(f"clip_model={name!r} is neither a file nor one of {clip.available_models()} or "
+                         f"{', '.join(repr(f'{key}…' if key.endswith(':') else key) for key in ENCODERS)}")
     if path.is_file():
         try: return load_clip_file(path)
         except ValueError as error: raise ValueError(f"clip_model={name!r} is not a CLIP that can be read: {error}") from None
@@ -102,46 +103,39 @@ def load_mini_clip() -> tuple[torch.nn.Module, Callable]:  # `clip.model.CLIP`, 
 
 
 def load_clip(
-    name: str = "ViT-B/32",  # name that `clip.load` knows, local file, or key of `ENCODERS`
+    name: str = "ViT-B/32",  # name that `clip.load` knows, local file, or key of `ENCODERS` (and what follows one that ends in ":")
     device: str = "cpu",  # where to compute
-) -> tuple[torch.nn.Module, Callable, str]:  # `clip.model.CLIP`, its preprocess, "name@hash"
-    """Load a frozen CLIP. Raises `ValueError` for a name that is neither published nor a file, or
+) -> tuple[torch.nn.Module, Callable, str]:  # `clip.model.CLIP` or another encoder, its preprocess, "name@hash"
+    """Load a frozen image encoder. Raises `ValueError` for a name that is neither published nor a file, or
     a file that is no CLIP; `OSError` where the published weights can't be fetched."""
+    exact_float32()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # clip imports the deprecated pkg_resources
         import clip  # noqa: F401
+    prefix, colon, rest = name.partition(":")
+    if colon and f"{prefix}:" in ENCODERS:
+        encoder = registered(ENCODERS, f"{prefix}:")(rest)
+        return encoder.to(device), encoder.preprocess, encoder.encoder
     model, preprocess, *unusual = registered(ENCODERS, name)() if name in ENCODERS else _openai_clip(name)
     model = model.float().eval().requires_grad_(False)
-    digest = hashlib.sha256("".join(unusual).encode())  # the same weights with another activation are another encoder
-    for key, tensor in sorted(model.state_dict().items()):
-        digest.update(key.encode() + tensor.numpy().tobytes())
     label = name if name in ENCODERS or not resolve_path(name).is_file() else resolve_path(name).name
-    model.encoder_id = f"{label}@{digest.hexdigest()[:16]}"
-    exact_float32()
+    model.encoder_id = f"{label}@{weights_hash(model, *unusual)}"  # the same weights with another activation are another encoder
+    model.preprocess = preprocess
     return model.to(device), preprocess, model.encoder_id
 
 # %% ../nbs/01_data.ipynb #9d0c1a02
 def image_features(
-    clip_model: torch.nn.Module,  # `clip.model.CLIP`
+    clip_model: torch.nn.Module,  # from `load_clip`
     images: torch.Tensor,  # (B, 3, H, W), preprocessed, on its device
     features: str = "embedding",  # "embedding", or "grid": the patches
 ) -> torch.Tensor:  # (B, D) or (B, T, D), not normalised; gradients flow
-    "Encode a batch of images. Raises `ValueError` for the patches of a ResNet."
-    if features == "embedding": return clip_model.encode_image(images)
-    visual, kept = clip_model.visual, []
-    if not hasattr(visual, "transformer"):
-        raise ValueError(f"features='grid' needs a vision transformer, and this CLIP sees with a {type(visual).__name__}; "
-                         "choose a clip_model such as 'ViT-B/32', or features='embedding'")
-    hook = visual.transformer.register_forward_hook(lambda module, inputs, output: kept.append(output))
-    try: clip_model.encode_image(images)
-    finally: hook.remove()
-    patches = visual.ln_post(kept[0].transpose(0, 1)[:, 1:])  # (B, T, width), without the class token
-    return patches if visual.proj is None else patches @ visual.proj
+    "Encode a batch of images. Raises `ValueError` for the patches of an encoder that has none, such as a ResNet."
+    return as_encoder(clip_model).encode(images, features)
 
 
 @torch.inference_mode()
 def encode_images(
-    clip_model: torch.nn.Module,  # `clip.model.CLIP`
+    clip_model: torch.nn.Module,  # from `load_clip`
     images: torch.Tensor,  # (B, 3, H, W), preprocessed
     features: str = "embedding",  # as in `image_features`
 ) -> torch.Tensor:  # (B, D) or (B, T, D), float32 on the CPU, not normalised
@@ -152,10 +146,10 @@ def encode_images(
 
 
 def encode_grid(
-    clip_model: torch.nn.Module,  # `clip.model.CLIP` with a vision transformer
+    clip_model: torch.nn.Module,  # from `load_clip`, with a vision transformer
     images: torch.Tensor,  # (B, 3, H, W), preprocessed
 ) -> torch.Tensor:  # (B, T, D) float32 on the CPU, row by row from the top left, not normalised
-    "Encode each patch of a batch of images. Raises `ValueError` for a ResNet."
+    "Encode each patch of a batch of images. Raises `ValueError` for an encoder without patches, such as a ResNet."
     return encode_images(clip_model, images, "grid")
 
 # %% ../nbs/01_data.ipynb #8a2a8eb7

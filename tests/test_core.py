@@ -20,7 +20,7 @@ REFERENCE = dict(clip_model="ViT-B/32", gpt2_model="gpt2", split="random", capti
 DISABLED = dict(mapping_network="transformer", embedding_scaling="none", embedding_noise=0, embedding_dropout=0, schedule="constant", warmup=0,
                 accumulate=1, clip_norm=0, label_smoothing=0, ema=0, patience=0, checkpoint="last", start_token="free", length_penalty=1,
                 no_repeat_ngram=0, temperature=0, top_p=1, rerank="none", samples=0, beam_groups=1, likelihood_weight=0,
-                features="embedding", gpt2_tuning="none", scst_epochs=0, ensemble="")
+                features="embedding", gpt2_tuning="none", caption_format="marked", scst_epochs=0, ensemble="")
 NO_EFFECT = {"data_root", "on_bad_image", "embeddings", "seed", "keep", "best_by", "eval_batch_size", "device", "precision",  # on what is learned
              "lora_rank", "gpt2_learning_rate", "scst_learning_rate", "scst_samples", "neighbours", "ridge", "diversity_penalty"}  # of what is disabled
 

@@ -10,13 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, BertConfig, BertForMaskedLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, BartForConditionalGeneration, BertConfig, BertForMaskedLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from clipcap.attention import record_attention
-from clipcap.model import ClipCapModel, caption_losses, generate_from_embeddings, generate_ids, load_gpt2
+from clipcap.core import make_config
+from clipcap.formats.tokenizer import load_tokenizer
+from clipcap.model import ClipCapModel, caption_losses, generate_from_embeddings, generate_ids, ids_to_text, load_gpt2, load_model, tune_gpt2
 from clipcap.networks import packing
-from clipcap.networks.language_models import tiny_language_model
+from clipcap.networks.language_models import last_logits, tiny_language_model, to_precision
 from clipcap.runs.files import asset_path
 
 P, LENGTHS, IMAGE_OF = 4, [9, 1, 5], [0, 0, 1]  # prefix embeddings; tokens of three captions of two images
@@ -58,9 +60,10 @@ def library_losses(model, prefix, captions):
 def library_ids(model, prefix, tokenizer, beams):
     "Of transformers' `generate`, whose options are all given."
     model.generation_config = GenerationConfig()
+    unknown = [*range(len(tokenizer), len(model.get_output_embeddings().weight))]  # rows without a token
     return model.generate(inputs_embeds=prefix, attention_mask=prefix.new_ones(prefix.shape[:2]).long(), max_new_tokens=6, num_beams=beams,
                           early_stopping=beams > 1, do_sample=False, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                          pad_token_id=tokenizer.pad_token_id)
+                          pad_token_id=tokenizer.pad_token_id, suppress_tokens=unknown or None)
 
 
 def our_losses(gpt2, prefix, captions):
@@ -320,7 +323,7 @@ def test_truncated_weights_are_named(size, tmp_path, tokenizer):
 @pytest.mark.parametrize("make", [
     lambda: BartForConditionalGeneration(BartConfig(vocab_size=97, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
                                                     decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32)),
-    lambda: BertForMaskedLM(BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))], ids=["BART", "BERT"])
+    lambda: BertForMaskedLM(BertConfig(vocab_size=607, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))], ids=["BART", "BERT"])
 def test_models_of_another_task_are_named(make, tmp_path, tokenizer):
     make().save_pretrained(tmp_path/"other")
     with pytest.raises(ValueError, match="other' .*(BartForCausalLM|BertLMHeadModel)"): load_gpt2(str(tmp_path/"other"), tokenizer, 1)
@@ -381,3 +384,129 @@ def test_an_option_that_does_not_exist_is_named(tokenizer):
     gpt2 = load_gpt2("mini", tokenizer, 1)
     model = ClipCapModel(gpt2, tokenizer, Given(torch.zeros(1, 2, 128)))
     with pytest.raises(ValueError, match="lenght_penalty"): generate_ids(torch.zeros(1, 1), model, 3, 2, lenght_penalty=2.)
+
+
+# --- vocabularies
+
+def sentencepiece_bpe():
+    "A tokenizer as Llama's: words begin with ▁, unknown characters are written in bytes, a start token of its own, no padding."
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    letters = ["▁", *"abcdefghijklmnopqrstuvwxyz."]
+    pairs = [("▁", "a"), ("d", "o"), ("do", "g"), ("▁", "dog"), ("r", "u"), ("ru", "n"), ("▁", "run"), ("▁run", "s")]
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *letters, *("".join(pair) for pair in pairs)]
+    own = Tokenizer(models.BPE({word: n for n, word in enumerate(words)}, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    own.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    own.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    own.add_special_tokens([AddedToken(word, special=True) for word in ("<unk>", "<s>", "</s>")])
+    return PreTrainedTokenizerFast(tokenizer_object=own, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def sentencepiece_unigram():
+    "A tokenizer as XGLM's: pieces by their probability, no start token, a padding token of its own."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    pieces = [("<unk>", 0.), ("</s>", 0.), ("<pad>", 0.), ("▁a", -1.), ("▁dog", -2.), ("▁run", -2.), ("s", -3.), ("▁", -4.), *((letter, -6.) for letter in "abcdefghijklmnopqrtuvwxyz.")]
+    own = Tokenizer(models.Unigram(pieces, 0, False))
+    own.pre_tokenizer, own.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=own, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
+
+
+VOCABULARIES = {"sentencepiece bpe": sentencepiece_bpe, "sentencepiece unigram": sentencepiece_unigram,
+                "nothing special": lambda: PreTrainedTokenizerFast(tokenizer_object=AutoTokenizer.from_pretrained(MINI)._tokenizer)}
+
+
+@pytest.fixture
+def folder_of(tmp_path):
+    "A function that saves a language model with a vocabulary of its own: folder."
+    def write(vocabulary, kind="llama", more=0, **changes):
+        own = VOCABULARIES[vocabulary]()
+        own.save_pretrained(tmp_path/"lm")
+        tiny_language_model(kind, len(own) + more, **changes).save_pretrained(tmp_path/"lm")
+        return str(tmp_path/"lm")
+    return write
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_captions_come_back_from_any_vocabulary_and_no_character_is_cut(vocabulary, folder_of):
+    from clipcap.formats.tokenizer import encode_captions, token_ids
+    tokenizer, known = load_tokenizer(folder_of(vocabulary)), ["a dog runs .", "a dog", "dogs"]
+    texts = known + ["a köter 犬 runs 🐕 .", "</s> a dog [PAD]"]*(vocabulary == "sentencepiece bpe")
+    assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
+    def text(ids): return ids_to_text(tokenizer, torch.tensor([ids]))[0]
+    for caption, ids in zip(texts, token_ids(tokenizer, texts)):
+        assert text(ids) == caption
+        for most in range(2, len(ids) + 3):
+            (start, *inner, end), = encode_captions(tokenizer, [caption], most)
+            assert (start, end) == (tokenizer.bos_token_id, tokenizer.eos_token_id) and caption.startswith(text(inner)) and "\ufffd" not in text(inner)
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("vocabulary, kind", [("sentencepiece bpe", "llama"), ("nothing special", "gpt_neox"), ("sentencepiece unigram", "opt"), ("sentencepiece unigram", "phi")])
+def test_rows_of_added_tokens_are_the_librarys_with_any_head(vocabulary, kind, tied, folder_of):
+    folder = folder_of(vocabulary, kind, tie_word_embeddings=tied)
+    tokenizer, rows = load_tokenizer(folder), len(VOCABULARIES[vocabulary]())
+    gpt2, again, other = (load_gpt2(folder, tokenizer, seed) for seed in (1, 1, 2))
+    table, head = gpt2.get_input_embeddings().weight, gpt2.get_output_embeddings().weight
+    assert len(table) == len(head) == len(tokenizer) > rows and (table.data_ptr() == head.data_ptr()) == tied
+    assert table.equal(again.get_input_embeddings().weight) and head.equal(again.get_output_embeddings().weight)
+    assert table[:rows].equal(other.get_input_embeddings().weight[:rows]) and not table[rows:].equal(other.get_input_embeddings().weight[rows:])
+    library = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    assert table[:rows].equal(library.get_input_embeddings().weight)
+    library.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    library.load_state_dict(gpt2.state_dict())
+    prefix, captions = draw(table, len(tokenizer))
+    captions[0][3], captions[2][0] = tokenizer.bos_token_id, tokenizer.pad_token_id
+    with torch.no_grad():
+        torch.testing.assert_close(our_losses(gpt2, prefix, captions).double(), library_losses(library, prefix, captions), rtol=1e-4, atol=1e-4)
+        for beams in (1, 3): assert our_ids(gpt2, prefix, tokenizer, beams).equal(library_ids(library, prefix, tokenizer, beams))
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_rows_without_a_token_are_used_for_added_ones_and_never_written(kind, folder_of):
+    folder = folder_of("sentencepiece bpe", kind, more=40, tie_word_embeddings=False)
+    tokenizer = load_tokenizer(folder)
+    gpt2 = load_gpt2(folder, tokenizer, 0)
+    rows = len(gpt2.get_input_embeddings().weight)
+    assert rows == len(tokenizer) + 38 and gpt2.unknown_ids.tolist() == [*range(len(tokenizer), rows)]
+    prefix, captions = draw(gpt2.get_input_embeddings().weight, len(tokenizer))
+    with torch.no_grad():
+        torch.testing.assert_close(our_losses(gpt2, prefix, captions).double(), library_losses(gpt2, prefix, captions), rtol=1e-4, atol=1e-4)
+        gpt2.get_output_embeddings().weight[len(tokenizer):] *= 50  # the likeliest
+        for beams in (1, 3): assert our_ids(gpt2, prefix, tokenizer, beams).max() < len(tokenizer)
+        model = ClipCapModel(gpt2, tokenizer, Given(prefix)).eval()
+        sampled = generate_ids(torch.arange(2.)[:, None], model, 6, 1, temperature=1., num_return_sequences=4)
+    assert sampled.max() < len(tokenizer) and model.gpt2.unknown_ids.numel() == 38
+
+
+def test_the_tokenizer_of_another_model_is_named(folder_of, tokenizer):
+    folder = folder_of("sentencepiece unigram")
+    with pytest.raises(ValueError, match=rf"lm': its tokenizer has {len(tokenizer)} tokens, and the model 3\d; put the tokenizer"): load_gpt2(folder, tokenizer, 0)
+
+
+# --- sizes and precision
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "gptj", "mpt", "biogpt", "bart"])
+def test_captions_that_need_more_positions_than_a_model_has_are_named(kind, save, tokenizer):
+    folder = save(kind)
+    tokenizer.save_pretrained(folder)
+    settings = dict(gpt2_model=str(folder), device="cpu", num_layers=1)
+    with pytest.raises(ValueError, match="prefix_length=10 and max_length=120 need 130 positions; .* has 128"): load_model(make_config("mini", max_length=120, **settings), 16)
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gemma3_text"])
+def test_bfloat16_is_the_librarys(kind, save, tokenizer):
+    folder = save(kind)
+    gpt2 = to_precision(load_gpt2(str(folder), tokenizer, 0), torch.bfloat16)
+    library = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation=gpt2.config._attn_implementation).eval()
+    buffers = dict(library.named_buffers())
+    for name, buffer in gpt2.named_buffers():
+        if "inv_freq" in name: assert buffer.dtype == torch.float32 and buffer.equal(buffers[name]), name
+    prefix, _ = draw(load_gpt2(str(folder), tokenizer, 0).get_input_embeddings().weight, 9)
+    vectors = prefix.bfloat16().repeat(1, 25, 1)  # up to position 100
+    with torch.no_grad(): assert last_logits(gpt2, vectors, 100).equal(last_logits(library, vectors, 100))
+
+
+def test_lora_of_an_architecture_that_has_none_is_named(save, tokenizer):
+    with pytest.raises(ValueError, match="gpt2_tuning='lora' can't be used with a MambaForCausalLM .*choose 'full' or 'none'"):
+        tune_gpt2(load_gpt2(str(save("mamba")), tokenizer, 0), "lora")

@@ -107,6 +107,14 @@ def test_disturbance_has_its_strength_and_only_in_training(changes, variance, me
     assert torch.equal(disturbed.eval()(ones), ones)
 
 
+@pytest.mark.numerics
+@pytest.mark.parametrize("shape", [(3, 6), (3, 4, 6)])
+def test_unit_scaling_divides_by_the_length(shape):
+    scaled, given = prepare_embeddings(nn.Identity(), 6, "unit"), normal(*shape)
+    close(scaled(given), given/given.square().sum(-1, keepdim=True).sqrt())
+    assert not scaled.state_dict()
+
+
 def test_reference_recipe_does_nothing_to_embeddings(): assert not prepare_embeddings(nn.Identity(), 6)._forward_pre_hooks
 
 

@@ -184,8 +184,8 @@ def model(): return varied_model()
 def quick(outputs, model, monkeypatch):
     "A function that makes a writer of captions of the run `small` with these settings; it loads no model, and writes nothing but headers."
     save_run("small", model, (1, 2)), save_run("other", model)
-    monkeypatch.setattr("clipcap.decoding.stream.load_ensemble", lambda *_: model)
-    monkeypatch.setattr("clipcap.decoding.stream._writer", lambda *_: None)
+    monkeypatch.setattr("clipcap.decoding.captioner.load_ensemble", lambda *_: model)
+    monkeypatch.setattr("clipcap.decoding.captioner.Captioner.writer", lambda *_, **__: None)
     def write(unit, path, header, progress):
         path.write_text(json.dumps(header | {"rows": 1, "bad": 0}) + "\n")
         return {"rows": 1, "bad": 0}

@@ -22,6 +22,7 @@ from ..core import (ENCODERS, MAPPING_NETWORKS, RERANKERS, STAGES, Config, Run, 
                           parse_changes, stage_config)
 from ..decoding.recorded import other_code
 from ..formats.readers import find_source
+from ..networks.encoders import encoder_place
 from ..runs.files import asset_path, atomic_path, outputs_dir, project_root, resolve_path
 from ..runs.folder import MAKES, hold_run, stop_on_sigterm
 from ..runs.hashes import imported_names, module_hashes, plain_code, short_hash
@@ -115,7 +116,7 @@ def depends_on(
     root = config.data_root
     if resolve_path(root).is_file(): root = str(find_source(root).root)  # its photos count, too
     named = (root, config.embeddings, config.clip_model, config.gpt2_model)
-    inputs = [_listing(asset_path("mini") if name == "mini" else resolve_path(name)) for name in named if name]
+    inputs = [_listing(asset_path("mini") if name == "mini" else encoder_place(name)[1]) for name in named if name]
     settings = stage_config(config, stage)
     inputs += [_listing(outputs_dir()/name/"checkpoints") for name in settings.get("ensemble", "").split()]
     return {"config": settings, "code": stage_code(stage, config, notebooks, package or asset_path("..")), "inputs": short_hash(inputs)}

@@ -56,7 +56,7 @@ class Search:
     def __init__(self, model, prefix_length, searches, num_beams, max_length, length_penalty=1., start_token=None):
         self.gpt2, self.P, self.b, self.L = model.gpt2, prefix_length, num_beams, max_length
         self.penalty, self.start, device, S, b, L = length_penalty, start_token, model.device, searches, num_beams, max_length
-        self.end = model.tokenizer.eos_token_id
+        self.end, self.unknown = model.stop_id, getattr(model.gpt2, "unknown_ids", torch.zeros(0, dtype=torch.long)).to(device)
         self.weight, self.bias = output_weights(self.gpt2.get_output_embeddings())
         T, wide = self.P + b*L, torch.promote_types(self.gpt2.dtype, torch.float32)
         def full(value, *shape, dtype=wide): return torch.full(shape, value, dtype=dtype, device=device)
@@ -101,6 +101,7 @@ def _step(search):
 def _continuations(search, rows, logits):  # (n, b, V)
     "Find the 2b best continuations of each photo: scores, beams and words (n, 2b)."
     b, total = search.b, logits.logsumexp(-1, keepdim=True)
+    if len(search.unknown): logits = logits.index_fill(-1, search.unknown, -torch.inf)
     values, words = (x.unflatten(0, logits.shape[:2]) for x in best_words(logits.flatten(0, 1), 2*b))  # (n, b, 2b)
     values = values - total
     if search.start is not None:  # the first word is given, and its probability counts

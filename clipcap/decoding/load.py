@@ -18,6 +18,7 @@ from ..data import load_clip
 from .recorded import check_recorded, other_code
 from ..formats.embeddings import Embeddings
 from ..model import ClipCapModel, load_model, trained_weights
+from ..networks.encoders import as_encoder
 from ..runs.checkpoints import checkpoint_paths, load_checkpoint, save_checkpoint
 from ..runs.files import resolve_path
 
@@ -76,7 +77,7 @@ def load_run(
     config = replace(trained, device=device, precision=precision or trained.precision)
     clip, preprocess, encoder = (None, None, None) if config.embeddings else _load_clip(run, config)
     given = Embeddings(resolve_path(config.embeddings)).dim if config.embeddings else run.stage_entry("01_data").get("embedding_dim")
-    model = load_model(config, clip.visual.output_dim if clip else given)
+    model = load_model(config, as_encoder(clip).dim if clip else given)
     check_recorded(run, trained, encoder)
     if note := other_code(run, trained): warnings.warn(note)
     model.clip, model.preprocess = clip, preprocess

@@ -20,6 +20,7 @@ from ..formats.origin import source_hashes
 from ..formats.readers import find_source
 from ..formats.store import EmbeddingStore
 from ..model import gpt2_hashes
+from ..networks.encoders import library_encoder_is_here
 from ..runs.checkpoints import read_metrics
 from ..runs.files import outputs_dir, resolve_path
 from ..runs.hashes import module_hashes
@@ -58,6 +59,7 @@ def clip_is_here(
     name: str,  # a `clip_model`
 ) -> bool:  # False: it would have to be downloaded
     "Return whether the weights of a CLIP are on this machine."
+    if name.startswith(("hf:", "open_clip:")): return library_encoder_is_here(name)
     if name == "mini" or resolve_path(name).is_file(): return True
     import clip
     return name in clip.clip._MODELS and (Path("~/.cache/clip").expanduser()/clip.clip._MODELS[name].rsplit("/")[-1]).is_file()

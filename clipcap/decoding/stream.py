@@ -24,10 +24,11 @@ import torch
 from tqdm import tqdm
 
 from ..core import DECODING, Config, Run
-from ..data import encode_images, load_data
-from .load import load_ensemble
+from ..data import encode_images
+from .captioner import Caption, Captioner
+from .model_folder import WEIGHTS
 from ..formats.photos import PHOTO_SUFFIXES, read_photo, warn_of_others
-from ..model import ClipCapModel, generate_caption_batch, generate_from_embeddings, gpt2_hash, plain_writer
+from ..model import ClipCapModel, generate_caption_batch, generate_from_embeddings, gpt2_hash
 from ..runs.checkpoints import checkpoint_paths
 from ..runs.files import atomic_path, hash_file
 
@@ -57,7 +58,7 @@ def caption_stream(
     batch_size: int = 32,  # photos captioned at once
     max_length: int = 40,  # new tokens at most, special ones counted
     num_beams: int = 5,  # 1: greedy
-    write: Callable | None = None,  # another way to write, from `caption_writer`
+    write: Callable | None = None,  # another way to write, such as `captioner.writer()`
     read: Callable = read_photo,  # path -> image
 ) -> Iterator[tuple]:  # (path, its caption or the exception that reading it raised), in order
     "Caption photos as they come, in constant memory. Raises `ValueError` for a model without CLIP."
@@ -142,20 +143,13 @@ def begin_captions(
     return done
 
 # %% ../../nbs/decoding/stream.ipynb #7818eb93
-def _writer(model, run, config):
-    "Return the function that writes captions."
-    if config.rerank == "none": return plain_writer(model, config)
-    from clipcap.decoding.rerank import caption_writer  # imported late: the first caption should not wait for it
-    from clipcap.scoring.clipscore import text_encoder
-    return caption_writer(model, config, lambda: load_data(run, config), model.clip and text_encoder(model.clip, config.clip_model))
-
-
 def caption_row(
     photo,  # `str` gives its name
-    caption: str | Exception,  # as `caption_stream` gives it
-) -> dict[str, str]:  # a line of a captions file
-    "Return the row of a photo: its caption, or the reason why there is none."
-    return {"image": str(photo), "caption" if isinstance(caption, str) else "error": str(caption)}
+    caption: str | Caption | Exception,  # as `caption_stream` gives it
+) -> dict:  # a line of a captions file
+    "Return the row of a photo: its caption, perhaps with its log-probability, or the reason why there is none."
+    row = {"image": str(photo), "error" if isinstance(caption, Exception) else "caption": str(caption)}
+    return row | {"log_probability": round(caption.log_probability, 6)} if isinstance(caption, Caption) else row
 
 
 def load_captioner(
@@ -166,14 +160,28 @@ def load_captioner(
     device: str = "auto",  # where to compute
     precision: str | None = None,  # "float32", "bfloat16", "auto"; None: the run's own
     read: Callable = read_photo,  # path -> image
+    scores: bool = False,  # True: `Caption`s, with their log-probability
+    model: str = "",  # a captioner's folder or its name on the hub, in place of the run
 ) -> tuple[dict, Callable]:  # settings that determine a caption; photos -> `caption_stream` of them
-    "Load a run for captioning. Raises `ValueError` as its parts do."
-    config = writing_config(Run(run), num_beams)
-    model = load_ensemble([run, *config.ensemble.split()], config.checkpoint if epoch is None else epoch, device, precision)
-    settings = {**caption_settings(Run(run), epoch, num_beams), "clip": getattr(model.clip, "encoder_id", None), "precision": model.precision}
+    "Load a run or a folder for captioning. Raises `ValueError` as its parts do."
+    if model and epoch is not None: raise ValueError(f"epoch={epoch!r}: {model} has the weights of one epoch; leave it out")
+    config = None if model else writing_config(Run(run), num_beams)
+    captioner = Captioner.from_pretrained(model, device, precision) if model else Captioner.from_run(run, epoch, device, precision)
+    captioner.config = config = config or captioner.decoding(num_beams=num_beams)
+    settings = {**(_folder_settings(captioner, model) if model else caption_settings(Run(run), epoch, num_beams)),
+                "clip": getattr(captioner.model.clip, "encoder_id", None), "precision": captioner.model.precision}
     if config.samples or config.temperature: settings["batch_size"] = batch_size  # sampling depends on the batch
-    write = _writer(model, Run(run), config)
-    return settings, lambda photos: caption_stream(model, photos, batch_size, config.max_length, config.num_beams, write, read)
+    if scores: settings["scores"] = True
+    write = captioner.writer(scores=scores)
+    return settings, lambda photos: caption_stream(captioner.model, photos, batch_size, config.max_length, config.num_beams, write, read)
+
+
+def _folder_settings(captioner, name):
+    "Return what `caption_settings` does, of a captioner's folder."
+    written, about = {setting: getattr(captioner.config, setting) for setting in ("num_beams", *DECODING, "max_length", "seed")}, captioner.about
+    unusual = {setting: getattr(captioner.config, setting) for setting in ("caption_format", "embedding_scaling")}  # what no weights tell
+    written |= {setting: value for setting, value in unusual.items() if value != getattr(Config, setting)}
+    return {"model": Path(name).name, **written, "checkpoint": WEIGHTS, "sha256": about["sha256"][:16], "gpt2": about["language_model"].get("gpt2")}
 
 # %% ../../nbs/decoding/stream.ipynb #84a8bc8d
 def caption_files(
@@ -187,10 +195,12 @@ def caption_files(
     precision: str | None = None,  # "float32", "bfloat16", "auto"; None: the run's own
     restart: bool = False,  # begin the captions file anew
     read: Callable = read_photo,  # path -> image
+    scores: bool = False,  # True: with the mean log-probability per token of each caption
+    model: str = "",  # a captioner's folder or its name on the hub, in place of the run
 ) -> dict[str, int]:  # photos `captioned` and `unreadable` by this call, and those `done` before
     "Caption photos into JSON Lines, each image once. Raises `ValueError` as its parts do."
     if isinstance(photos, (str, os.PathLike)): photos = [photos]
-    settings, captions_of = load_captioner(run, epoch, num_beams, batch_size, device, precision, read)
+    settings, captions_of = load_captioner(run, epoch, num_beams, batch_size, device, precision, read, scores, model)
     done = begin_captions(out, settings, restart) if out else set()
     counts = {"captioned": 0, "unreadable": 0, "done": len(done)}
     total = len({*map(str, photos)} - done) if isinstance(photos, list) else None
@@ -199,7 +209,7 @@ def caption_files(
         with open(out, "a", encoding="utf-8", newline="\n") if out else nullcontext(sys.stdout) as file:
             for photo, caption in tqdm(captions_of(new), "captioning", total, unit="photo"):
                 print(json.dumps(caption_row(photo, caption)), file=file, flush=True)  # ASCII: any file name is safe
-                counts["captioned" if isinstance(caption, str) else "unreadable"] += 1
+                counts["unreadable" if isinstance(caption, Exception) else "captioned"] += 1
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped after {counts['captioned'] + counts['unreadable']} photos"
                                 + ("; the same command goes on from there" if out else "")) from None

@@ -153,9 +153,10 @@ def _prepare(photo, name, preprocess, shape):
 def preprocess_photos(
     photos,  # as in `list_photos`
     preprocess: Callable,  # CLIP's: image -> (3, H, W)
+    first: int = 0,  # number of the first photo, for messages
 ) -> torch.Tensor:  # (B, 3, H, W) float32
     "Read and preprocess photos of any form; those that are preprocessed are checked. Raises `ValueError`, `TypeError` or `OSError` naming the photo."
     shape = preprocess(Image.new("RGB", (8, 8))).shape
-    found = {(name := f"photos[{number}]"): _prepare(photo, name, preprocess, shape) for number, photo in enumerate(list_photos(photos))}
+    found = {(name := f"photos[{number}]"): _prepare(photo, name, preprocess, shape) for number, photo in enumerate(list_photos(photos), first)}
     _refuse_pixels({name: image for name, (image, given) in found.items() if given})
     return torch.stack([image for image, _ in found.values()]) if found else torch.zeros(0, *shape)

@@ -8,19 +8,15 @@ __all__ = ['gpt2_path', 'load_tokenizer', 'token_ids', 'whole_length', 'enclose'
 # %% ../../nbs/formats/tokenizer.ipynb #92eb030f
 from pathlib import Path
 
-from ..runs.files import asset_path, resolve_path
+from .pretrained import folder_or_name
+from ..runs.files import asset_path
 
 # %% ../../nbs/formats/tokenizer.ipynb #f8d41911
 def gpt2_path(
     name: str,  # hub name, local directory of a causal LM, or "mini"
 ) -> str:  # what `from_pretrained` takes
     "Return the name or directory that transformers loads. Raises `ValueError` for a missing folder."
-    folder = asset_path("mini/gpt2") if name == "mini" else resolve_path(name)
-    if folder.is_dir(): return str(folder)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"gpt2_model={name!r} can't be loaded: there is no folder {folder}; pass "
-                         "one that exists, relative to the project's root, or a name on the hub")
-    return name
+    return str(asset_path("mini/gpt2")) if name == "mini" else folder_or_name(name, f"gpt2_model={name!r}")
 
 
 _FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tokenizer_config.json")  # of a tokenizer
@@ -28,6 +24,7 @@ _FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiec
 
 def load_tokenizer(
     name: str = "gpt2",  # as in `gpt2_path`
+    caption_format: str = "marked",  # "plain": nothing is added, there is no start token, and `<|endoftext|>` is padding
 ):  # tokenizer with `<|startoftext|>`, `<|endoftext|>` and `[PAD]`
     "Load GPT-2's tokenizer with the reference recipe's special tokens. Raises `ValueError` for a bad name."
     from transformers import AutoTokenizer, GPT2TokenizerFast
@@ -42,6 +39,9 @@ def load_tokenizer(
                          f"tokenizer nor a name that the hub answers ({error!s:.600}). Without a connection: "
                          "pass gpt2_model=FOLDER, with the hub's config.json, model.safetensors, "
                          "vocab.json and merges.txt in it") from None
+    if caption_format == "plain":
+        tokenizer.bos_token, tokenizer.pad_token = None, tokenizer.eos_token
+        return tokenizer
     special = {"bos_token": "<|startoftext|>", "pad_token": "[PAD]"}
     if tokenizer.eos_token is None: special["eos_token"] = "<|endoftext|>"
     tokenizer.add_special_tokens(special)

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from ..attention import crop_photo, explain, model_inputs, plot_mapping, plot_photo_words, plot_prefix_words
+from ..attention import crop_photo, explain, model_inputs, no_photo_maps, plot_mapping, plot_photo_words, plot_prefix_words
 from ..core import open_run, seed_everything
 from ..data import load_data
 from ..decoding.load import load_run
@@ -126,5 +126,5 @@ def explore(
     caption.observe(draw, "value")
     again.on_click(write)
     write()
-    if model.clip is None: views = [w.Label("no view of the photo: the run was given embeddings"), *views[1:]]
+    if why := no_photo_maps(model): views = [w.Label(f"no view of the photo: {why}"), *views[1:]]
     return w.VBox([w.HBox([image, beams, temperature, again]), caption, people, *views])

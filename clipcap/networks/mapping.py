@@ -104,7 +104,7 @@ class TokensMapping(nn.Module):
 def prepare_embeddings(
     network: nn.Module,  # any mapping network; changed in place
     clip_dim: int,  # size of an embedding
-    scaling: str = "none",  # "standard": less mean, over standard deviation; `fit_scaling` learns both
+    scaling: str = "none",  # "standard": less mean, over standard deviation; `fit_scaling` learns both; "unit": over its length
     noise: float = 0.,  # standard deviation of Gaussian noise, after scaling
     dropout: float = 0.,  # fraction of the embedding's numbers that are zero, after scaling
 ) -> nn.Module:  # the same network
@@ -116,6 +116,7 @@ def prepare_embeddings(
     def prepare(network, inputs):
         embeddings, = inputs
         if scaling == "standard": embeddings = (embeddings - network.embedding_mean)/network.embedding_std
+        elif scaling == "unit": embeddings = F.normalize(embeddings, dim=-1)
         if network.training and noise: embeddings = embeddings + noise*torch.randn_like(embeddings)
         return F.dropout(embeddings, dropout, network.training)
 

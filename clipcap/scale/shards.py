@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import fsspec
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from ..core import Run, pick_device, seed_everything
@@ -50,10 +51,9 @@ def embedder(
         if value not in choices: raise ValueError(f"{name}={value!r} is unknown; choose one of {choices}")
     model, preprocess, encoder = load_clip(clip_model, pick_device(device))
     settings = {"encoder": encoder if features == "embedding" else f"{encoder} grid", "dtype": dtype}
-    size = model.visual.input_resolution
     def encode(images): return encode_images(model, images, features).to(DTYPES[dtype])
     def read(photo): return preprocess(open_photo(photo))  # (3, H, W)
-    none = encode(torch.zeros(1, 3, size, size))[:0]  # (0, D) or (0, T, D)
+    none = encode(preprocess(Image.new("RGB", (32, 32)))[None])[:0]  # (0, D) or (0, T, D)
     def write(unit, path, header, progress):
         rows, names, bad = [none], [], []
         for batch in read_ahead(read_unit(unit), read, batch_size):
@@ -75,9 +75,10 @@ def captioner(
     batch_size: int = 32,  # photos captioned at once
     precision: str | None = None,  # as in `load_captioner`
     device: str = "auto",  # where to compute
+    scores: bool = False,  # True: with the mean log-probability per token of each caption
 ) -> ShardWriter:  # of captions, JSON Lines
     "Load a run to write captions. Raises `ValueError` as its parts do."
-    settings, captions_of = load_captioner(run, epoch, num_beams, batch_size, device, precision, open_photo)
+    settings, captions_of = load_captioner(run, epoch, num_beams, batch_size, device, precision, open_photo, scores)
     seed, used = settings["seed"], settings["precision"]
     settings["precision"] = precision or writing_config(Run(run)).precision  # as asked: "auto" may differ from machine to machine
     def write(unit, path, header, progress):

@@ -27,8 +27,11 @@ def encode_texts(
     texts: list[str],  # T captions
     batch_size: int = 256,  # captions at once
 ) -> np.ndarray:  # (T, D) of length 1
-    "Encode captions with CLIP. ValueError where its vocabulary is not known."
-    if name == "mini":
+    "Encode captions with CLIP. Raises `ValueError` where the encoder reads no texts, or its vocabulary is not known."
+    own, device = getattr(clip_model, "encode_texts", None), next(clip_model.parameters()).device
+    if own:  # an encoder of another library
+        def tokens(batch): return [CLIP_PREFIX + t for t in batch]
+    elif name == "mini":
         length, tokenizer = clip_model.context_length, load_tokenizer("mini")
         def tokens(batch):  # without the start token, which the miniature CLIP doesn't know
             return torch.nn.utils.rnn.pad_sequence(
@@ -42,9 +45,8 @@ def encode_texts(
             return clip.tokenize([CLIP_PREFIX + t for t in batch], clip_model.context_length, True)
     else: raise ValueError(f"the text encoder of {name!r} has {clip_model.vocab_size} tokens, which are "
                            "not openai/CLIP's 49408; CLIPScore needs a CLIP that reads those")
-    device = next(clip_model.parameters()).device
-    parts = [clip_model.encode_text(tokens(texts[start:start + batch_size]).to(device)).float().cpu()
-             for start in range(0, len(texts), batch_size)]
+    encode = own or (lambda ids: clip_model.encode_text(ids.to(device)))
+    parts = [encode(tokens(texts[start:start + batch_size])).float().cpu() for start in range(0, len(texts), batch_size)]
     return torch.nn.functional.normalize(torch.cat(parts).double(), dim=1).numpy()
 
 

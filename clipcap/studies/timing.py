@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 
 from ..checks.literal import literal_loss, mean_loss
+from ..data import image_features
 from ..model import ClipCapModel
 from ..runs.files import project_root
 from .flops import Sizes
@@ -100,7 +101,7 @@ def literal_step(
     captions: list[str],  # B captions
 ):
     "Take the reference recipe's training step."
-    with torch.no_grad(): embeddings = model.clip.encode_image(pixels).float()
+    with torch.no_grad(): embeddings = image_features(model.clip, pixels).float()
     literal_loss(model, embeddings, captions).backward()
     optimizer.step()
     optimizer.zero_grad()
