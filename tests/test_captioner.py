@@ -426,7 +426,17 @@ def test_a_captioner_without_run_or_scores_has_a_card(whole, small, tmp_path):
     for folder in (whole, tmp_path):
         if folder == tmp_path: Captioner.from_run("small", device="cpu").save_pretrained(folder)
         card = ModelCard.load(folder/"README.md")
-        assert card.data.eval_results is None and "## How to use it" in card.text and "## Scores" not in card.text and "undefined" not in card.text.lower()
+        assert card.data.eval_results is None and "## How to use it" in card.text and ("these weights were not evaluated" in card.text) == (folder == tmp_path) and "metric |" not in card.text and "undefined" not in card.text.lower()
+
+
+def test_scores_of_other_weights_are_not_on_the_card(trained_copy, tmp_path):
+    run, _ = trained_copy
+    shutil.copy(next((run.path/"checkpoints").glob("mapping_network_epoch_*")), run.path/"checkpoints/mapping_network_epoch_1.pth")
+    Captioner.from_run("demo", 1, device="cpu").save_pretrained(tmp_path/"other")
+    Captioner.from_run("demo", device="cpu").save_pretrained(tmp_path/"evaluated")
+    run.update_stage("03_train", started="later")
+    Captioner.from_run("demo", device="cpu").save_pretrained(tmp_path/"trained again")
+    assert ["| CIDEr |" in (tmp_path/name/"README.md").read_text() for name in ("other", "evaluated", "trained again")] == [False, True, False]
 
 
 @pytest.fixture
