@@ -494,6 +494,18 @@ def test_a_file_of_captions_has_scores_throughout(caption_command, small, photos
     assert caption_command(*words, photos[2], "--scores")[0] == 0 and len(json_lines(tmp_path/"captions.jsonl")) == 4
 
 
+def test_shards_hold_scores(small, captioner, photos, tmp_path):
+    from functools import partial
+
+    from clipcap.scale.shards import captioner as shard_captioner
+    from clipcap.scale.shards import write_shards
+    from clipcap.scale.sources import find_units
+    index = write_shards(partial(shard_captioner, "small", scores=True, device="cpu"), find_units([*map(str, photos)], 10, False), str(tmp_path/"out"))
+    first, *rows = json_lines(tmp_path/"out"/"00000.jsonl")
+    assert first["scores"] is index["settings"]["scores"] is True
+    assert np.allclose([row["log_probability"] for row in rows], [c.log_probability for c in captioner(photos)], atol=1e-5)
+
+
 def test_a_folder_is_captioned_with_in_place_of_a_run(caption_command, captioner, whole, photos, tmp_path):
     status, rows, _ = caption_command(*photos, "--model", whole)
     assert not status and [row["caption"] for row in rows] == [c.text for c in captioner(photos)]
