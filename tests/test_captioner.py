@@ -426,7 +426,17 @@ def test_a_captioner_without_run_or_scores_has_a_card(whole, small, tmp_path):
     for folder in (whole, tmp_path):
         if folder == tmp_path: Captioner.from_run("small", device="cpu").save_pretrained(folder)
         card = ModelCard.load(folder/"README.md")
-        assert card.data.eval_results is None and "## How to use it" in card.text and "## Scores" not in card.text and "undefined" not in card.text.lower()
+        assert card.data.eval_results is None and "## How to use it" in card.text and ("these weights were not evaluated" in card.text) == (folder == tmp_path) and "metric |" not in card.text and "undefined" not in card.text.lower()
+
+
+def test_scores_of_other_weights_are_not_on_the_card(trained_copy, tmp_path):
+    run, _ = trained_copy
+    shutil.copy(next((run.path/"checkpoints").glob("mapping_network_epoch_*")), run.path/"checkpoints/mapping_network_epoch_1.pth")
+    Captioner.from_run("demo", 1, device="cpu").save_pretrained(tmp_path/"other")
+    Captioner.from_run("demo", device="cpu").save_pretrained(tmp_path/"evaluated")
+    run.update_stage("03_train", started="later")
+    Captioner.from_run("demo", device="cpu").save_pretrained(tmp_path/"trained again")
+    assert ["| CIDEr |" in (tmp_path/name/"README.md").read_text() for name in ("other", "evaluated", "trained again")] == [False, True, False]
 
 
 @pytest.fixture
@@ -482,6 +492,18 @@ def test_a_file_of_captions_has_scores_throughout(caption_command, small, photos
     status, _, err = caption_command(*words)
     assert status == 1 and "was made with scores=True, and now it is (not recorded)" in err
     assert caption_command(*words, photos[2], "--scores")[0] == 0 and len(json_lines(tmp_path/"captions.jsonl")) == 4
+
+
+def test_shards_hold_scores(small, captioner, photos, tmp_path):
+    from functools import partial
+
+    from clipcap.scale.shards import captioner as shard_captioner
+    from clipcap.scale.shards import write_shards
+    from clipcap.scale.sources import find_units
+    index = write_shards(partial(shard_captioner, "small", scores=True, device="cpu"), find_units([*map(str, photos)], 10, False), str(tmp_path/"out"))
+    first, *rows = json_lines(tmp_path/"out"/"00000.jsonl")
+    assert first["scores"] is index["settings"]["scores"] is True
+    assert np.allclose([row["log_probability"] for row in rows], [c.log_probability for c in captioner(photos)], atol=1e-5)
 
 
 def test_a_folder_is_captioned_with_in_place_of_a_run(caption_command, captioner, whole, photos, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from clipcap.core import Config, Run, make_config
-from clipcap.reporting.card import as_text, dataset_name, label, number, write_card
+from clipcap.reporting.card import as_text, captioner_card, dataset_name, label, number, write_card
 from clipcap.runs.files import write_json
 
 EVIL = "a dog | ![x](http://evil.example/x.png) <script>alert(1)</script>\n# runs"
@@ -62,6 +62,12 @@ def test_own_data_have_no_licence_and_no_path_of_this_machine(tmp_path):
     about = ModelCard(card).data
     assert (about.license, about.license_name, about.language, about.datasets, about.model_name) == ("other", "as-the-training-data-allow", None, ["photos"], "real: one")
     assert str(tmp_path) not in card and "drawn scenes" not in card
+
+
+def test_a_shared_card_names_an_encoder_without_its_place(tmp_path):
+    run, config = made_up(tmp_path, clip_model=f"hf:{tmp_path}/siglip")
+    card = captioner_card(config, "hf:siglip@0123", None, run)
+    assert str(tmp_path) not in card and "| hf:siglip |" in card and "CIDEr | 1.500" in card and "How to use it" in card and "How to verify" not in card
 
 
 @pytest.mark.parametrize("part", ["CIDEr | 1.500 | 1.250 to 1.750", "BLEU-4 | 0.250", "Not measured: SPICE (OSError: no Java)", "8 photos", "cd"*32, "a frozen GPT-2",

@@ -30,6 +30,7 @@ from ..formats.tokenizer import encode_captions
 from ..model import (ClipCapModel, _check_positions, _check_search, generate_caption_batch, generate_ids, generation_options, gpt2_hashes, ids_to_text,
                            load_model, plain_writer)
 from ..networks.encoders import encoder_place
+from ..runs.checkpoints import checkpoint_paths
 
 # %% ../../nbs/decoding/captioner.ipynb #c1f922b0
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class CaptionWriter:
         config: Config,  # that it was built with, and how it writes
         run: Run | None = None,  # that trained it: its data are for reranking, its scores for the model card
         card: str = "",  # model card in Markdown; empty: written when the captioner is saved
-        **about,  # "encoder", "language_model", "inside", "added", as `read_folder` returns them; found out where not given
+        **about,  # "encoder", "language_model", "inside", "added", as `read_folder` returns them, and "checkpoint" of a run; found out where not given
     ):
         self.model, self.config, self.run, self.card, self.about = model.eval(), config, run, card, about
 
@@ -238,8 +239,10 @@ class Captioner(PhotoCaptioner, ModelHubMixin, library_name="clipcap"):
         if not Run(name).manifest: raise ValueError(f"there is no run {name!r} in {Run(name).path.parent}")
         config, trained = Run(name).config(), Run(name).config("03_train")
         config = replace(config, **{n: getattr(trained, n) for n, f in FIELDS.items() if f["stage"] in ("01_data", "02_model")})
-        model = load_ensemble([name, *config.ensemble.split()], config.checkpoint if epoch is None else epoch, device, precision)
-        return cls(model, replace(config, device=device, precision=precision or config.precision), Run(name))
+        epoch = config.checkpoint if epoch is None else epoch
+        model = load_ensemble([name, *config.ensemble.split()], epoch, device, precision)
+        checkpoint = " + ".join(path.name for path in checkpoint_paths(Run(name), epoch))
+        return cls(model, replace(config, device=device, precision=precision or config.precision), Run(name), checkpoint=checkpoint)
 
     @classmethod
     def from_pretrained(
@@ -313,7 +316,7 @@ def _save(captioner, folder, include_backbones):
     encoder = about.get("encoder", getattr(model.clip, "encoder_id", None))
     language_model = about["language_model"] if "language_model" in about else gpt2_hashes(config.gpt2_model)
     from clipcap.reporting.card import captioner_card  # imported late, as in `writer`
-    card = captioner.card or captioner_card(config, encoder, language_model.get("gpt2"), run)
+    card = captioner.card or captioner_card(config, encoder, language_model.get("gpt2"), run, checkpoint=about.get("checkpoint", ""))
     include = bool(about.get("inside")) if include_backbones is None else include_backbones
     write_folder(folder, tensors, config, card, include, clip_dim=clip_dim, encoder=encoder, language_model=language_model)
 

@@ -79,7 +79,10 @@ def front_matter(
         eval_results=results or None, metrics=list(dict.fromkeys(r.metric_type for r in results)) or None).to_yaml().strip()
 
 # %% ../../nbs/reporting/card.ipynb #5642a746
-def _short(value): return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+def _short(value):
+    "Leave out the folder of an absolute path, such as that in \"hf:/a/b\"."
+    prefix, colon, path = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    return f"{prefix}{colon}{Path(path).name}" if Path(path).is_absolute() else value
 
 
 def run_content(
@@ -150,12 +153,21 @@ def write_card(
     return run.path/"model_card.md"
 
 # %% ../../nbs/reporting/card.ipynb #b023b717
+def _was_evaluated(run, split, checkpoint):
+    "Whether a run's scores are those of a checkpoint, and of its last training."
+    path, entry = run.path/f"scores_{split}.json", run.stage_entry("04_evaluate")
+    if not path.is_file(): return False
+    scored, trained = json.loads(path.read_text("utf-8"))["protocol"].get("checkpoint"), run.stage_entry("03_train").get("started")
+    return checkpoint in ("", scored) and entry.get("built_on", {}).get("03_train") in (None, trained)
+
+
 def captioner_card(
     config: Config,  # of the captioner
     encoder: str | None,  # "name@hash"; None: it captions embeddings alone
     gpt2: str | None,  # "name@hash"; None: its name in `config` is all that is known
     run: Run | None = None,  # that trained it
     name: str = "captioner",  # of one without a run
+    checkpoint: str = "",  # file name of its weights in the run; empty: those that were evaluated
 ) -> str:  # Markdown
     "Write the card of a captioner's folder."
     from markupsafe import Markup
@@ -163,5 +175,5 @@ def captioner_card(
     if run is None:
         content = {"metadata": Markup(front_matter(name, config, None, False)), "run": name, "config": config, "mini": False, "images": None, "trained": 0,
                    "preset": "", "scores": [], "environment": {}, "finished": ""}
-    else: content = (card_content if (run.path/f"scores_{split}.json").is_file() else lambda *args: run_content(*args[:2]))(run, run.config(), split)
+    else: content = card_content(run, run.config(), split) if _was_evaluated(run, split, checkpoint) else run_content(run, run.config())
     return _render({**content, "encoder": encoder or content.get("encoder") or "not recorded", "gpt2": gpt2 or _short(config.gpt2_model), "shared": True})
