@@ -191,6 +191,14 @@ def test_mini_is_known_by_the_hash_it_always_had(clip_mini):
     assert type(clip_mini[0]).__module__ == "clip.model"  # OpenAI's own object
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip_vision_model", "dinov2"])
+def test_parameters_of_an_encoder_are_counted(kind, hub):
+    from clipcap.networks.parameters import parameter_table
+    clip, preprocess, _ = load_clip(f"hf:{hub(kind)[0]}")
+    table = parameter_table(captioner_with(clip, preprocess)).loc
+    assert table["CLIP"].parameters >= table["CLIP: image encoder"].parameters > 10_000 and table["CLIP"].trained == 0
+
+
 # --- texts
 
 @pytest.mark.numerics
@@ -271,7 +279,7 @@ def test_weights_alone_in_a_pickle_are_read(hub, tmp_path):
     assert load_clip(f"hf:{tmp_path}/dinov2")[2] == load_clip(f"hf:{folder}")[2]
 
 
-@pytest.mark.parametrize("name, text", [("hf:/no/such/folder", "there is no folder"), ("hf:nobody/nothing", "neither a folder nor a name that the hub answers"),
+@pytest.mark.parametrize("name, text", [("nbs", "a folder is written as 'hf:nbs' or 'open_clip:local-dir:nbs'"), ("hf:/no/such/folder", "there is no folder"), ("hf:nobody/nothing", "neither a folder nor a name that the hub answers"),
                                         ("mini:x", "neither a file nor one of .*'mini', 'hf:…', 'open_clip:…'")])
 def test_an_unknown_name_is_named(name, text):
     with pytest.raises(ValueError, match=f"clip_model='{name}'.*{text}"): load_clip(name)
