@@ -468,6 +468,7 @@ def test_forty_scenes_seen_by_a_siglip_and_told_by_a_llama(tmp_path, forty, outp
     from clipcap.decoding.load import load_run
     from clipcap.evaluate import score_split
     from clipcap.model import caption_images, generate_caption
+    from clipcap.reporting.verify import verify
     from clipcap.train import train_run
     run, config = open_run("small", "mini", **settings_of(tmp_path, forty, "siglip", "llama", tokenizer))
     with run.stage("01_data", config) as notes: notes.update(prepare_data(run, config))
@@ -478,6 +479,10 @@ def test_forty_scenes_seen_by_a_siglip_and_told_by_a_llama(tmp_path, forty, outp
     captions = caption_images(model, data.embeddings, names, config)
     assert captions == {name: generate_caption(forty/"Images"/name, model, config.max_length, config.num_beams) for name in names}
     assert score_split(captions, data, "test", None, ["bleu_1"]).corpus["bleu_1"] >= 0
+    rows = verify(run).query("what in ['CLIP', 'encoder of the embeddings', 'tokenizer']")
+    assert len(rows) == 3 and rows.agrees.eq(True).all()
+    write_hub(encoder_place(config.clip_model)[1], "siglip", seed=1)
+    with pytest.raises(ValueError, match="run 'small' was trained with something else: encoder"): load_run("small", device="cpu")
 
 
 STAGES_RUN = ("01_data", "03_train", "04_evaluate", "05_error_analysis", "06_attention")
