@@ -81,7 +81,7 @@ class DataSettings:
     data_root: str = setting("data/flickr8k", "01_data", 'folder or captions file in a format of `formats/readers`, or "mini"')
     split: str = setting("random", "01_data", '"random": 80/10/10 by image; "official": the lists in the folder', ("random", "official"))
     on_bad_image: str = setting("stop", "01_data", '"stop" with an error that names unreadable photos, or "skip" them', ("stop", "skip"))
-    clip_model: str = setting("ViT-B/32", "01_data", 'name that `clip.load` knows, local file, or key of `ENCODERS`')
+    clip_model: str = setting("ViT-B/32", "01_data", 'name that `clip.load` knows, local file, hf:NAME_OR_FOLDER, open_clip:MODEL/PRETRAINED, or another key of `ENCODERS`')
     embeddings: str | None = setting(None, "01_data", "safetensors file or folder of embeddings that replaces CLIP")
     features: str = setting("embedding", "01_data", '"embedding": one vector per photo; "grid": one per patch', ("embedding", "grid"))
     seed: int = setting(42, "01_data", "the one seed: split, initial weights, order, sampled captions, dropout", least=0)

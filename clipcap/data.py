@@ -80,8 +80,9 @@ def _openai_clip(name):
     import clip
     path = resolve_path(name)
     if not path.is_file() and name not in clip.available_models():
+        hint = f"; a folder is written as 'hf:{name}' or 'open_clip:local-dir:{name}'" if path.is_dir() else ""
         raise ValueError(f"clip_model={name!r} is neither a file nor one of {clip.available_models()} or "
-                         f"{', '.join(repr(f'{key}…' if key.endswith(':') else key) for key in ENCODERS)}")
+                         f"{', '.join(repr(f'{key}…' if key.endswith(':') else key) for key in ENCODERS)}{hint}")
     if path.is_file():
         try: return load_clip_file(path)
         except ValueError as error: raise ValueError(f"clip_model={name!r} is not a CLIP that can be read: {error}") from None

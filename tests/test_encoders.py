@@ -191,6 +191,14 @@ def test_mini_is_known_by_the_hash_it_always_had(clip_mini):
     assert type(clip_mini[0]).__module__ == "clip.model"  # OpenAI's own object
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip_vision_model", "dinov2"])
+def test_parameters_of_an_encoder_are_counted(kind, hub):
+    from clipcap.networks.parameters import parameter_table
+    clip, preprocess, _ = load_clip(f"hf:{hub(kind)[0]}")
+    table = parameter_table(captioner_with(clip, preprocess)).loc
+    assert table["CLIP"].parameters >= table["CLIP: image encoder"].parameters > 10_000 and table["CLIP"].trained == 0
+
+
 # --- texts
 
 @pytest.mark.numerics
@@ -271,7 +279,7 @@ def test_weights_alone_in_a_pickle_are_read(hub, tmp_path):
     assert load_clip(f"hf:{tmp_path}/dinov2")[2] == load_clip(f"hf:{folder}")[2]
 
 
-@pytest.mark.parametrize("name, text", [("hf:/no/such/folder", "there is no folder"), ("hf:nobody/nothing", "neither a folder nor a name that the hub answers"),
+@pytest.mark.parametrize("name, text", [("nbs", "a folder is written as 'hf:nbs' or 'open_clip:local-dir:nbs'"), ("hf:/no/such/folder", "there is no folder"), ("hf:nobody/nothing", "neither a folder nor a name that the hub answers"),
                                         ("mini:x", "neither a file nor one of .*'mini', 'hf:…', 'open_clip:…'")])
 def test_an_unknown_name_is_named(name, text):
     with pytest.raises(ValueError, match=f"clip_model='{name}'.*{text}"): load_clip(name)
@@ -460,6 +468,7 @@ def test_forty_scenes_seen_by_a_siglip_and_told_by_a_llama(tmp_path, forty, outp
     from clipcap.decoding.load import load_run
     from clipcap.evaluate import score_split
     from clipcap.model import caption_images, generate_caption
+    from clipcap.reporting.verify import verify
     from clipcap.train import train_run
     run, config = open_run("small", "mini", **settings_of(tmp_path, forty, "siglip", "llama", tokenizer))
     with run.stage("01_data", config) as notes: notes.update(prepare_data(run, config))
@@ -470,6 +479,10 @@ def test_forty_scenes_seen_by_a_siglip_and_told_by_a_llama(tmp_path, forty, outp
     captions = caption_images(model, data.embeddings, names, config)
     assert captions == {name: generate_caption(forty/"Images"/name, model, config.max_length, config.num_beams) for name in names}
     assert score_split(captions, data, "test", None, ["bleu_1"]).corpus["bleu_1"] >= 0
+    rows = verify(run).query("what in ['CLIP', 'encoder of the embeddings', 'tokenizer']")
+    assert len(rows) == 3 and rows.agrees.eq(True).all()
+    write_hub(encoder_place(config.clip_model)[1], "siglip", seed=1)
+    with pytest.raises(ValueError, match="run 'small' was trained with something else: encoder"): load_run("small", device="cpu")
 
 
 STAGES_RUN = ("01_data", "03_train", "04_evaluate", "05_error_analysis", "06_attention")

@@ -52,7 +52,7 @@ def read_clip_weights(
         names = [f"under {'.'.join(map(str, place))!r}" if place else f"'{prefix}…'" for place, _, prefix in found]
         raise ValueError(f"{path} holds several CLIPs: {', '.join(names)}; save one of them alone")
     if not found: raise ValueError(f"{path} has no entry {_ANCHOR!r}, but {', '.join(map(repr, [*held][:3]))} …: its names are not those of openai/CLIP or "
-                                   "open_clip (transformers' and timm's are others); take the file that one of these publishes")
+                                   "open_clip (transformers' and timm's are others); take the file that one of these publishes, or for a folder of transformers clip_model='hf:FOLDER'")
     [(_, state, prefix)] = found
     if other := [key for key in state if not str(key).startswith(prefix)]: raise ValueError(f"{path}: beside the CLIP '{prefix}…' it holds {other[0]!r}; {_SAVE}")
     return {key.removeprefix(prefix): value for key, value in state.items()}
@@ -80,7 +80,7 @@ def _configuration(path):
     for part, known in _KNOWN.items():
         values = preprocess if part == "preprocess_cfg" else model[part] if part else model
         if other := sorted(values.keys() - known):
-            raise ValueError(f"{beside}: {'.'.join(filter(None, [part, other[0]]))} is not supported; embed the photos with open_clip, and pass the embeddings")
+            raise ValueError(f"{beside}: {'.'.join(filter(None, [part, other[0]]))} is not supported here; let open_clip load it: clip_model='open_clip:local-dir:FOLDER', with open_clip_config.json and the weights in it")
     return beside, model, preprocess
 
 

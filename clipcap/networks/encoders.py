@@ -194,11 +194,12 @@ class HubEncoder(LibraryEncoder):
 def _hub_tokenizer(path, setting, vocabulary):
     "Load the tokenizer of a text encoder."
     from transformers import AutoTokenizer
+    missing = f"{setting} has no tokenizer beside its weights, so its text encoder can't read captions"
+    if Path(path).is_dir() and not any(file for pattern in ("tokenizer*", "vocab*", "*.model") for file in Path(path).glob(pattern)): raise ValueError(missing)
     try: tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error: raise ValueError(f"{setting} has no tokenizer that can be loaded ({error!s:.200}), so its text encoder can't read captions") from None
+    except Exception as error: raise ValueError(f"{setting} has no tokenizer that can be loaded ({' '.join(str(error).split()):.200}), so its text encoder can't read captions") from None
     if len(tokenizer) > vocabulary: raise ValueError(f"{setting}: its tokenizer has {len(tokenizer)} tokens, and its text encoder {vocabulary}")
-    if len({*tokenizer("a photo of a dog", add_special_tokens=False)["input_ids"]}) < 2:  # where there are no files, transformers makes an empty one
-        raise ValueError(f"{setting} has no tokenizer beside its weights, so its text encoder can't read captions")
+    if len({*tokenizer("a photo of a dog", add_special_tokens=False)["input_ids"]}) < 2: raise ValueError(missing)  # where there are no files, transformers makes an empty one
     return tokenizer
 
 # %% ../../nbs/networks/encoders.ipynb #a9d019de

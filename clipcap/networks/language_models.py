@@ -198,7 +198,8 @@ def load_gpt2(
             with torch.random.fork_rng():
                 seed_everything(seed)
                 gpt2.resize_token_embeddings(wanted, mean_resizing=False)
-        gpt2.unknown_ids = torch.tensor([i for i in range(max(wanted, known)) if i not in held], dtype=torch.long)
+        outputs = getattr(gpt2.get_output_embeddings(), "weight", gpt2.get_input_embeddings().weight).shape[0]
+        gpt2.unknown_ids = torch.tensor([i for i in range(outputs) if i not in held], dtype=torch.long)
         way = choose_loss(gpt2.eval().requires_grad_(False))
     except Exception as error:
         raise ValueError(f"gpt2_model={name!r} is a {type(gpt2).__name__}, which can't be used: {error!s:.300}; "
