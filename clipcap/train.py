@@ -384,16 +384,15 @@ def watch(
     every: float = 10,  # seconds between two reads
 ) -> pd.DataFrame:  # rows of `metrics.jsonl`
     "Redraw a run's losses in a cell, until its last epoch is done or the cell is interrupted."
-    import matplotlib.pyplot as plt
-    from IPython.display import clear_output, display
+    from clipcap.runs.extras import ipython, plt
     run, seen = run if isinstance(run, Run) else Run(run), 0
     while True:
         metrics = pd.DataFrame(read_metrics(run.path))
         if len(metrics) != seen:
             figure, ax = plt.subplots(figsize=(6, 3.5))
             plot_losses(metrics, ax)
-            clear_output(wait=True)
-            display(figure)
+            ipython.clear_output(wait=True)
+            ipython.display(figure)
             plt.close(figure)
         seen = len(metrics)
         config = run.config()
