@@ -13,7 +13,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -36,7 +36,9 @@ from .model import ClipCapModel, caption_images, check_features, gpt2_hash, load
 from .networks.mapping import fit_scaling
 from .optim.processes import seed_process, shared_randomness, split_batch, start_accelerator, sum_over_processes
 from .optim.schedules import Average, group_batches, learning_rate_schedule, parameter_groups, should_stop
+from .reporting.track import tracker_names, tracking
 from .runs.checkpoints import best_epoch, load_checkpoint, read_metrics, save_checkpoint
+from .runs.extras import MissingExtra, check_extra
 from .runs.files import atomic_path, resolve_path, write_json
 from .scoring.metrics import score
 
@@ -265,6 +267,7 @@ def train(
     config: Config,  # epochs, batch size, AdamW's settings, seed
     folder: Path,  # run folder: checkpoints and metrics
     recipe: dict,  # what the weights depend on, for `resume`
+    track: Callable | None = None,  # from `tracking`
 ) -> pd.DataFrame:  # one row per epoch
     "Train the mapping network, and what is tuned of GPT-2, from the last finished epoch on."
     accelerator = start_accelerator(config.device)
@@ -290,6 +293,7 @@ def train(
             "epoch": epoch, "train_loss": train_loss, **marks,
             "learning_rate": optimizer.param_groups[0]["lr"], "seconds": round(seconds, 2),
             "captions_per_second": round(len(train_set)/seconds, 1), "precision": model.precision}, config)
+        if track: track(model, average)
         accelerator.wait_for_everyone()
     return pd.DataFrame([m for m in read_metrics(folder) if m["epoch"] <= config.epochs])
 
@@ -303,6 +307,8 @@ def training_sets(
     "Open the training and the validation split, from memory or from a store."
     options = dict(max_length=config.max_length, seed=config.seed)
     val_set = FlickrDataset(data.split("val"), data.embeddings, tokenizer, caption_sampling="all", **options)
+    tracker_names(config.track)  # are their packages here?
+    if config.best_by == "cider": check_extra("metrics", "best_by='cider'")
     if config.best_by == "cider" and len(val_set.images) < 2:
         raise ValueError(f"best_by='cider' needs at least 2 validation photos, and run {run.name!r} has {len(val_set.images)}; use best_by='loss'")
     if store := run.stage_entry("01_data").get("store"):  # then `data` holds a sample of it
@@ -339,7 +345,7 @@ def train_run(
     recipe = complete_recipe(recipe, None if anew else before, config)
     if accelerator.is_main_process and (anew or not changes): _record(run, config, recipe)
     accelerator.wait_for_everyone()
-    return train(model, train_set, val_set, config, run.path, recipe)
+    with tracking(run, config, data) as track: return train(model, train_set, val_set, config, run.path, recipe, track)
 
 
 def _note_cut(run, max_length, **sets):
@@ -355,7 +361,7 @@ def _set_aside(run, reasons):
     old = run.path/"checkpoints.old"
     shutil.rmtree(old, ignore_errors=True)
     (run.path/"checkpoints").rename(old)
-    if (run.path/"metrics.jsonl").is_file(): (run.path/"metrics.jsonl").rename(old/"metrics.jsonl")
+    for path in filter(Path.exists, (run.path/"metrics.jsonl", run.path/"track")): path.rename(old/path.name)
     print(f"run {run.name!r} is trained anew ({'; '.join(reasons)}); its earlier checkpoints are set aside in {old.name}", file=sys.stderr)
 
 
@@ -428,5 +434,5 @@ def main(
 ):
     "Train a run; in several processes: `torchrun --nproc_per_node N -m clipcap.train -- --run RUN epochs=5`."
     try: metrics = train_stage(run, preset, restart, **parse_changes(change))
-    except (OSError, ValueError, FloatingPointError) as error: raise SystemExit(f"clipcap.train: {error}") from None
+    except (OSError, ValueError, FloatingPointError, MissingExtra) as error: raise SystemExit(f"clipcap.train: {error}") from None
     if PartialState().is_main_process: print(metrics.set_index("epoch").round(4).to_string())
