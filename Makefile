@@ -31,7 +31,7 @@
 #                with what $(VENV) has beside it, or with EMPTY=1 in an empty environment that pip fills (6 GB)
 #
 # RUN=name PRESET=mini|flickr8k SET="epochs=5 seed=1" FORCE=1 change what `make run` does.
-# CPU=1 with the first of these: the build of torch for CPUs alone, 0.2 GB instead of 3 GB with CUDA, from TORCH_INDEX.
+# CPU=1 with the first of these: torch's build for CPUs, from TORCH_INDEX, without 2.5 GB of CUDA.
 # LOCKED=1 with any of these: in .venv-locked, which holds what requirements.lock lists, checked against its hashes.
 
 PYTHON ?= python3
