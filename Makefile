@@ -31,10 +31,16 @@
 #                with what $(VENV) has beside it, or with EMPTY=1 in an empty environment that pip fills (6 GB)
 #
 # RUN=name PRESET=mini|flickr8k SET="epochs=5 seed=1" FORCE=1 change what `make run` does.
+# CPU=1 with the first of these: torch's build for CPUs, from TORCH_INDEX, without 2.5 GB of CUDA.
 # LOCKED=1 with any of these: in .venv-locked, which holds what requirements.lock lists, checked against its hashes.
 
 PYTHON ?= python3
 LOCKED ?=
+CPU ?=
+# where PyTorch publishes that build; PyPI has none for Linux
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# of settings.ini; `cluster` is installed by the targets that need Ray
+EXTRAS := metrics,notebooks,demo,track,open_clip,datasets,search,dev
 VENV := .venv$(if $(LOCKED),-locked)
 BIN := $(VENV)/bin
 RUN ?= demo
@@ -181,28 +187,31 @@ lab: $(VENV)/installed
 # the package and all it needs, once, and again when the requirements change
 $(VENV)/installed: settings.ini setup.py $(if $(LOCKED),requirements.lock)
 	@echo "installing into $(VENV) (a few minutes the first time)"
+	$(if $(CPU),$(if $(LOCKED),$(error LOCKED=1 installs what requirements.lock lists, CUDA included: leave out LOCKED=1 or CPU=1)))
 	$(PYTHON) -m venv $(VENV)
 ifdef LOCKED
 	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --use-pep517 --editable .
 else
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(if $(CPU),$(BIN)/python -m pip install --quiet --index-url $(TORCH_INDEX) $$(sed -n 's/^requirements = //p' settings.ini | tr ' ' '\n' | grep ^torch))
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
 endif
 	@touch $@
 
 # tools that no notebook needs, apart from what they look at
 TOOLS := .venv-tools
 UV := $(TOOLS)/bin/uv pip compile --quiet --only-binary :all: --no-header --no-annotate --no-emit-index-url --no-emit-find-links
-REQUIREMENTS = sed -nE 's/^((dev|$(1))_)?requirements = //p' settings.ini | tr ' ' '\n'
+comma := ,
+REQUIREMENTS = sed -nE 's/^(($(subst $(comma),|,$(1)))_)?requirements = //p' settings.ini | tr ' ' '\n'
 $(TOOLS)/installed: Makefile
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/python -m pip install --quiet uv==0.13.9 pip-licenses==5.5.5 build==1.6.1
 	@touch $@
 
 lock: $(TOOLS)/installed
-	$(call REQUIREMENTS,cluster) | $(UV) --universal --python-version 3.10 --generate-hashes - > $(TOOLS)/lock
-	{ echo "# What clipcap is tested with, its extras dev and cluster included: on Linux x86-64. Resolved for Python 3.10 to 3.14, with a line each where they differ."; \
+	$(call REQUIREMENTS,$(EXTRAS)$(comma)cluster) | $(UV) --universal --python-version 3.10 --generate-hashes - > $(TOOLS)/lock
+	{ echo "# What clipcap is tested with, with all its extras: on Linux x86-64. Resolved for Python 3.10 to 3.14, with a line each where they differ."; \
 	  echo '# Made by `make lock`; installed and checked by `make run LOCKED=1`.'; cat $(TOOLS)/lock; } > requirements.lock
 
 OLDEST := .venv-oldest
@@ -212,7 +221,7 @@ test-oldest: $(OLDEST)/installed
 
 $(OLDEST)/installed: settings.ini setup.py $(TOOLS)/installed
 	$(PYTHON) -m venv $(OLDEST)
-	$(call REQUIREMENTS,dev) | $(UV) --resolution lowest-direct --python $(OLDEST)/bin/python - > $(OLDEST)/requirements.txt
+	$(call REQUIREMENTS,$(EXTRAS)) | $(UV) --resolution lowest-direct --python $(OLDEST)/bin/python - > $(OLDEST)/requirements.txt
 	$(OLDEST)/bin/python -m pip install --quiet --only-binary :all: -r $(OLDEST)/requirements.txt
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --use-pep517 --editable .
 	@touch $@

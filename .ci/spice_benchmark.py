@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 from jgo.maven import MavenContext
 
-from clipcap.scoring.java import JARS
+from clipcap.scoring.java import java_program
 
 OURS = ("import json, sys, time; from clipcap.scoring.spice import spice_scores; items = json.load(open(sys.argv[1])); started = time.monotonic(); "
         "spice_scores({i['image_id']: i['test'] for i in items}, {i['image_id']: i['refs'] for i in items}); print(time.monotonic() - started)")
@@ -27,7 +27,7 @@ def tool_command(captions, folder):
     def jar(group, name, version, classifier=""): return maven.project(group, name).at_version(version).artifact(classifier).resolve()
     jars = [jar("edu.stanford.nlp", "stanford-corenlp", "3.6.0", c) for c in ("", "models")] + [jar("org.openjdk.nashorn", "nashorn-core", "15.4")]
     jars += [jar("org.ow2.asm", name, "7.3.1") for name in ("asm", "asm-util", "asm-commons", "asm-tree", "asm-analysis")]
-    class_path = [JARS/"spice/spice-1.0.jar", *sorted((JARS/"spice/lib").glob("*.jar")), *jars]
+    class_path = [java_program("spice/spice-1.0.jar"), *sorted(java_program("spice/lib").glob("*.jar")), *jars]
     opens = [word for name in OPENED for word in ("--add-opens", f"java.base/java.{name}=ALL-UNNAMED")]
     opens += ["--add-opens", "java.base/sun.nio.ch=ALL-UNNAMED", "--add-opens", "java.sql/java.sql=ALL-UNNAMED"]
     os.makedirs(f"{folder}/cache", exist_ok=True)

@@ -50,6 +50,10 @@ def main(python=None):
         do(bin/"python", "-m", "clipcap.train", "--run", "demo", "epochs=1", **where)
         do(bin/"clipcap", "caption", *PHOTOS, "--run", "demo", "--out", "captions.jsonl", **where)
         print((here/"captions.jsonl").read_text())
+        if not python:  # nothing but the core is installed
+            done = subprocess.run([bin/"clipcap", "score", "captions.jsonl", "people.json"], capture_output=True, text=True, **where)
+            assert done.returncode == 1 and "pip install 'clipcap[metrics]'" in done.stderr, done.stderr
+            do(bin/"python", "-m", "pip", "install", "--quiet", f"{wheel}[metrics]")
         do(bin/"clipcap", "score", "captions.jsonl", "people.json", "--json", "scores.json", **where)
         scores = json.loads((here/"scores.json").read_text())
         wrong = [name for name, value in scores["corpus"].items() if (value is None) != (name in scores["unavailable"])]

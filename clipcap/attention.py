@@ -260,7 +260,7 @@ def plot_photo_words(
     columns: int = 6,  # pictures side by side, the photo itself counted
 ):  # matplotlib figure
     "Draw the photo, then for each word (not for punctuation) the relevance of its patches over it."
-    import matplotlib.pyplot as plt
+    from clipcap.runs.extras import plt
     shown = [w for w, word in enumerate(explanation.words) if any(map(str.isalnum, word))]
     rows, top = -(-(len(shown) + 1)//columns), float(explanation.photo.max()) if explanation.photo.any() else 1.
     figure, axes = plt.subplots(rows, columns, figsize=(1.9*columns + 1, 2.25*rows + 0.5), squeeze=False,
@@ -287,7 +287,7 @@ def plot_prefix_words(
     title: str,  # of the figure
 ):  # matplotlib figure
     "Draw attention from each word to the prefix tokens and the words so far, and how layers and heads differ."
-    import matplotlib.pyplot as plt
+    from clipcap.runs.extras import plt
     words, P = explanation.words, explanation.prefix.shape[1]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.6 + 0.36*len(words)), layout="constrained",
                                          width_ratios=(3, 1))
@@ -312,7 +312,7 @@ def plot_mapping(
     explanation: Explanation,  # of one caption
 ):  # matplotlib figure
     "Draw the attention among the prefix constants, one panel per layer, and from them to the memory."
-    import matplotlib.pyplot as plt
+    from clipcap.runs.extras import plt
     layers, tokens = len(explanation.constants), explanation.memory.shape[-1]
     shown = range(layers) if layers <= 4 else [round(i*(layers - 1)/3) for i in range(4)]
     panels = [(f"among constants, layer {i + 1}", explanation.constants[i].mean(0)) for i in shown]

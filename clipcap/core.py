@@ -155,6 +155,7 @@ class Config(DecodingSettings):
     "Every hyperparameter of a run. The defaults are the reference recipe (preset `flickr8k`)."
     device: str = setting("auto", None, "where to compute", ("auto", "cpu", "cuda", "mps"))
     precision: str = setting("auto", None, '"auto": bfloat16 for frozen parts where the hardware has it', ("auto", "float32", "bfloat16"))
+    track: str = setting("none", None, '"none", or trackers that accelerate knows, such as "tensorboard", which show each epoch')
 
     def __post_init__(self): _check_config(self)
 

@@ -452,7 +452,7 @@ def show_photos(
     columns: int = 4,  # photos side by side
 ):  # matplotlib figure
     "A page of photos with text; a photo that is not here leaves a grey field."
-    import matplotlib.pyplot as plt
+    from clipcap.runs.extras import plt
     wrapped = [[w for line in text.split("\n") for w in textwrap.wrap(line, 31)] for text in texts]
     rows, text_height = -(-len(names)//columns), 0.22*max(map(len, wrapped)) + 0.1  # inches
     height = 3*rows + text_height*rows + 0.5

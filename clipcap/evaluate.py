@@ -24,6 +24,7 @@ from .decoding.load import load_ensemble
 from .decoding.rerank import asks_neighbours, caption_writer
 from .model import caption_images, decoding_protocol
 from .runs.checkpoints import checkpoint_paths
+from .runs.extras import check_extra
 from .runs.files import atomic_path, save_figure, write_json
 from .scoring.clipscore import CLIP_COLUMNS, clip_scores, text_encoder
 from .scoring.diversity import diversity
@@ -146,6 +147,7 @@ def evaluate_run(
     resamples: int = 1000,  # bootstrap samples of the images, for the intervals
 ) -> Scores:  # also written to the run folder
     "Caption a split with a run's checkpoint and score the captions."
+    check_extra("metrics", "scoring captions")  # before they are written
     epoch = config.checkpoint if epoch is None else epoch
     if split == "train" and asks_neighbours(config.rerank):
         raise ValueError(f"rerank={config.rerank!r} would offer the training images their own captions; choose eval_split='val' or 'test', "
@@ -182,7 +184,7 @@ def photo_page(
     columns: int = 4,  # photos side by side
 ):  # matplotlib figure
     "Draw photos with texts; without images, a note."
-    import matplotlib.pyplot as plt
+    from clipcap.runs.extras import plt
     if names: return show_photos(data, names, texts, title, columns)
     figure, ax = plt.subplots(figsize=(6, 1.5))
     ax.set_title(title, parse_math=False)
@@ -219,6 +221,6 @@ def keep_figure(
     show: bool = True,  # False for a page of real photographs, which may not be republished
 ):
     "Save a figure with the run and show it, or close it."
-    import matplotlib.pyplot as plt
+    from clipcap.runs.extras import plt
     save_figure(figure, run.path/f"figures/{name}.png")
     plt.show() if show else plt.close(figure)

@@ -95,7 +95,7 @@ def curves_svg(
     metrics: pd.DataFrame,  # rows of `metrics.jsonl`
 ) -> list[str]:  # an `<svg>` element per curve
     "Draw losses, and CIDEr where it was measured, as SVG without a background."
-    import matplotlib.pyplot as plt
+    from clipcap.runs.extras import plt
     plots, elements = [plot_losses] + [plot_val_cider]*("val_cider" in metrics), []
     style = {"svg.fonttype": "none", "svg.hashsalt": "clipcap", "legend.frameon": False,
              "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False}
@@ -247,8 +247,8 @@ def render(
 
 def colour_scale() -> list[list[int]]:  # 256 colours as red, green and blue of 0 to 255
     "Return the colour map Inferno: brighter is more, for colour-blind readers too."
-    import matplotlib
-    return (255*matplotlib.colormaps["inferno"](range(256))[:, :3]).round().astype(int).tolist()
+    from clipcap.runs.extras import plt
+    return (255*plt.get_cmap("inferno")(range(256))[:, :3]).round().astype(int).tolist()
 
 
 def figures_content(

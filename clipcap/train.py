@@ -39,6 +39,8 @@ from .optim.captured import CapturedGradient, NotFinite, can_capture
 from .optim.processes import seed_process, shared_randomness, split_batch, start_accelerator, sum_over_processes
 from .optim.schedules import Average, group_batches, learning_rate_schedule, parameter_groups, should_stop
 from .runs.checkpoints import Writer, best_epoch, load_checkpoint, read_metrics, save_checkpoint
+from .reporting.track import tracker_names, tracking
+from .runs.extras import MissingExtra, check_extra
 from .runs.files import atomic_path, resolve_path, write_json
 from .scoring.metrics import score
 
@@ -265,13 +267,14 @@ def train(
     config: Config,  # epochs, batch size, AdamW's settings, seed
     folder: Path,  # run folder: checkpoints and metrics
     recipe: dict,  # what the weights depend on, for `resume`
+    track: Callable | None = None,  # from `tracking`
 ) -> pd.DataFrame:  # one row per epoch
     "Train the mapping network, and what is tuned of GPT-2, from the last finished epoch on."
-    with Writer(beside=model.device.type == "cuda") as write: _train(model, train_set, val_set, config, folder, recipe, write)
+    with Writer(beside=model.device.type == "cuda") as write: _train(model, train_set, val_set, config, folder, recipe, write, track)
     return pd.DataFrame([m for m in read_metrics(folder) if m["epoch"] <= config.epochs])
 
 
-def _train(model, train_set, val_set, config, folder, recipe, write):
+def _train(model, train_set, val_set, config, folder, recipe, write, track):
     accelerator = start_accelerator(config.device)
     rank, world, writes = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     optimizer = torch.optim.AdamW(parameter_groups(model, config), config.learning_rate, weight_decay=config.weight_decay, fused=True)
@@ -300,6 +303,9 @@ def _train(model, train_set, val_set, config, folder, recipe, write):
             "epoch": epoch, "train_loss": train_loss, **marks,
             "learning_rate": optimizer.param_groups[0]["lr"], "seconds": round(seconds, 2),
             "captions_per_second": round(len(train_set)/seconds, 1), "precision": model.precision}, config, write=write)
+        if track:
+            write.wait()  # it reads what was written
+            track(model, average)
         accelerator.wait_for_everyone()
 
 # %% ../nbs/03_train.ipynb #4b68d979
@@ -312,6 +318,8 @@ def training_sets(
     "Open the training and the validation split, from memory or from a store."
     options = dict(max_length=config.max_length, seed=config.seed)
     val_set = FlickrDataset(data.split("val"), data.embeddings, tokenizer, caption_sampling="all", **options)
+    tracker_names(config.track)  # are their packages here?
+    if config.best_by == "cider": check_extra("metrics", "best_by='cider'")
     if config.best_by == "cider" and len(val_set.images) < 2:
         raise ValueError(f"best_by='cider' needs at least 2 validation photos, and run {run.name!r} has {len(val_set.images)}; use best_by='loss'")
     if store := run.stage_entry("01_data").get("store"):  # then `data` holds a sample of it
@@ -348,7 +356,7 @@ def train_run(
     recipe = complete_recipe(recipe, None if anew else before, config)
     if accelerator.is_main_process and (anew or not changes): _record(run, config, recipe)
     accelerator.wait_for_everyone()
-    return train(model, train_set, val_set, config, run.path, recipe)
+    with tracking(run, config, data) as track: return train(model, train_set, val_set, config, run.path, recipe, track)
 
 
 def _note_cut(run, max_length, **sets):
@@ -364,7 +372,7 @@ def _set_aside(run, reasons):
     old = run.path/"checkpoints.old"
     shutil.rmtree(old, ignore_errors=True)
     (run.path/"checkpoints").rename(old)
-    if (run.path/"metrics.jsonl").is_file(): (run.path/"metrics.jsonl").rename(old/"metrics.jsonl")
+    for path in filter(Path.exists, (run.path/"metrics.jsonl", run.path/"track")): path.rename(old/path.name)
     print(f"run {run.name!r} is trained anew ({'; '.join(reasons)}); its earlier checkpoints are set aside in {old.name}", file=sys.stderr)
 
 
@@ -393,16 +401,15 @@ def watch(
     every: float = 10,  # seconds between two reads
 ) -> pd.DataFrame:  # rows of `metrics.jsonl`
     "Redraw a run's losses in a cell, until its last epoch is done or the cell is interrupted."
-    import matplotlib.pyplot as plt
-    from IPython.display import clear_output, display
+    from clipcap.runs.extras import ipython, plt
     run, seen = run if isinstance(run, Run) else Run(run), 0
     while True:
         metrics = pd.DataFrame(read_metrics(run.path))
         if len(metrics) != seen:
             figure, ax = plt.subplots(figsize=(6, 3.5))
             plot_losses(metrics, ax)
-            clear_output(wait=True)
-            display(figure)
+            ipython.clear_output(wait=True)
+            ipython.display(figure)
             plt.close(figure)
         seen = len(metrics)
         config = run.config()
@@ -438,5 +445,5 @@ def main(
 ):
     "Train a run; in several processes: `torchrun --nproc_per_node N -m clipcap.train -- --run RUN epochs=5`."
     try: metrics = train_stage(run, preset, restart, **parse_changes(change))
-    except (OSError, ValueError, FloatingPointError) as error: raise SystemExit(f"clipcap.train: {error}") from None
+    except (OSError, ValueError, FloatingPointError, MissingExtra) as error: raise SystemExit(f"clipcap.train: {error}") from None
     if PartialState().is_main_process: print(metrics.set_index("epoch").round(4).to_string())

@@ -280,3 +280,23 @@ def test_status_of_verify_is_1_where_a_byte_differs(command, refused, outputs):
     refused("verify", "sen", text="there is no run 'sen'")
     refused("verify", "seen", "--against", "sen", text="there is no run 'sen'")
     refused("verify", status=2, text="run")
+
+
+# --- options
+
+def test_version_is_that_of_the_package(command):
+    import clipcap
+    assert command("--version") == (0, f"clipcap {clipcap.__version__}\n", "")
+
+
+def test_options_may_have_hyphens_but_values_keep_theirs(monkeypatch, command):
+    from clipcap.apps import cli
+    calls = []
+    def say(words: cli.Param("Some words", str, nargs="*"), num_beams: int = 5, out_file: str = "", very_new: bool = False):
+        "Keep what was given."
+        calls.append((words, num_beams, out_file, very_new))
+    monkeypatch.setitem(cli.COMMANDS, "say", say)
+    for words in (["--num-beams", "2", "--out-file=a-b--c-d", "--very-new", "x-y"], ["--num_beams", "2", "--out_file", "a-b--c-d", "--very_new", "x-y"]):
+        assert command("say", *words) == (0, "", "")
+    assert command("say", "--num-b", "2", "--", "--a-file", "-b")[0] == 0
+    assert calls == [(["x-y"], 2, "a-b--c-d", True)]*2 + [(["--a-file", "-b"], 2, "", False)]

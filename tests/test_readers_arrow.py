@@ -87,4 +87,4 @@ def test_folder_that_cannot_be_loaded_is_named():
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with fails("which is needed to read it: pip install clipcap[datasets]", ImportError): read_files({"dataset_dict.json": {"splits": ["train"]}})
+    with fails("which Hugging Face's datasets saved, needs datasets, which is not installed here: pip install 'clipcap[datasets]'", ImportError): read_files({"dataset_dict.json": {"splits": ["train"]}})

@@ -98,7 +98,7 @@ def test_what_is_no_storage_is_refused(tmp_path, name, content, message):
 
 def test_missing_optuna_says_how_to_install_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ImportError, match=r"pip install 'clipcap\[sweep\]'"): open_storage(tmp_path/"a.journal")
+    with pytest.raises(ImportError, match=r"pip install 'clipcap\[search\]'"): open_storage(tmp_path/"a.journal")
 
 
 def test_search_learns_where_to_look(find, outputs):

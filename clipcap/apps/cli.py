@@ -10,6 +10,7 @@ __all__ = ['COMMANDS', 'references_with_words', 'written_under', 'score_report',
 import difflib
 import json as json_files
 import os
+import re
 import sys
 import warnings
 from functools import partial
@@ -18,7 +19,9 @@ from tempfile import TemporaryFile
 
 from fastcore.script import Param, anno_parser
 
+import clipcap
 from ..core import DECODING
+from ..runs.extras import MissingExtra, check_extra
 from ..runs.files import atomic_path, write_json
 
 # %% ../../nbs/apps/cli.ipynb #8d2cb9d6
@@ -93,6 +96,7 @@ def score_files(
     from clipcap.formats.results import match, read_hypotheses, read_references
     from clipcap.scoring.metrics import check_draws, check_metrics, intervals, score
     from clipcap.scoring.tokenization import check_tokenization
+    check_extra("metrics", "scoring captions")
     names = check_metrics(metrics.replace(",", " ").split() or None)
     check_tokenization(tokenization)
     check_draws(resamples, seed)
@@ -226,7 +230,13 @@ COMMANDS = {"score": score_files, "caption": caption, "embed": embed, "verify": 
 def _usage():
     "Return the text of `clipcap --help`."
     lines = [f"  {name:8}{function.__doc__}" for name, function in COMMANDS.items()]
-    return "\n".join(["usage: clipcap COMMAND …", "", *lines, "", "clipcap COMMAND --help says more."])
+    return "\n".join(["usage: clipcap COMMAND …", "", *lines, "", "clipcap COMMAND --help says more; clipcap --version tells which this is."])
+
+
+def _with_underscores(words):
+    "Read `--num-beams` as `--num_beams`: names of options before a `--`, not their values."
+    end = words.index("--") if "--" in words else len(words)
+    return [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words[:end]] + words[end:]
 
 
 def main(
@@ -237,13 +247,16 @@ def main(
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
         return 0 if args else 2
+    if args[0] == "--version":
+        print(f"clipcap {clipcap.__version__}")
+        return 0
     name, *rest = args
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, 1)
         print(f"clipcap: unknown command {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
               + "\n" + _usage(), file=sys.stderr)
         return 2
-    options = vars(anno_parser(COMMANDS[name], f"clipcap {name}").parse_args(rest))
+    options = vars(anno_parser(COMMANDS[name], f"clipcap {name}").parse_args(_with_underscores(rest)))
     options = {k: v for k, v in options.items() if k not in ("pdb", "xtra")}  # fastcore's own
     def say(message, *_, **__):  # names of files and images are others' text: no control characters for the terminal
         plain = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(message))
@@ -254,7 +267,7 @@ def main(
         try: COMMANDS[name](**options)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MissingExtra) as error:
             say(error)
             return 1
         except KeyboardInterrupt as stop:

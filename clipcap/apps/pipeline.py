@@ -23,6 +23,7 @@ from ..core import (ENCODERS, MAPPING_NETWORKS, RERANKERS, STAGES, Config, Run, 
 from ..decoding.recorded import other_code
 from ..formats.readers import find_source
 from ..networks.encoders import encoder_place
+from ..runs.extras import MissingExtra, check_extra
 from ..runs.files import asset_path, atomic_path, outputs_dir, project_root, resolve_path
 from ..runs.folder import MAKES, hold_run, stop_on_sigterm
 from ..runs.hashes import imported_names, module_hashes, plain_code, short_hash
@@ -177,6 +178,7 @@ def run_stages(
     if missing:
         raise FileNotFoundError(f"{notebooks} has no {', '.join(missing)}: the pipeline runs the notebooks of a checkout; start it "
                                 "inside of one, or do without them: python -m clipcap.train, then clipcap caption and clipcap score")
+    check_extra("notebooks", "the pipeline")
     with hold_run(run, children=True), stop_on_sigterm():
         run.update(preset=preset, config=dataclasses.asdict(config), stages=run.manifest.get("stages", {}))
         return [stage for stage in stages if _run_stage(run, stage, config, notebooks, force)]
@@ -201,7 +203,7 @@ def _run_stage(run, stage, config, notebooks, force):
 # %% ../../nbs/apps/pipeline.ipynb #66adc7dc
 def _execute(notebook, out, parameters):
     "Run a notebook. `out` is written when it ends, well or not; papermill writes in place, and a killed one leaves half a file."
-    import papermill
+    from clipcap.runs.extras import papermill
     part = out.with_suffix(".running.ipynb")
     out.parent.mkdir(parents=True, exist_ok=True)
     try: papermill.execute_notebook(str(notebook), str(part), parameters, kernel_name="python3", cwd=str(project_root()), stderr_file=sys.stderr)
@@ -283,7 +285,7 @@ def write_extremes(
 # %% ../../nbs/apps/pipeline.ipynb #69f926c8
 def _in_words(error, run):
     "Tell why a run ended; where a stage failed under papermill, name its notebook, which holds the traceback. None for an error of our own."
-    if isinstance(error, (OSError, ValueError)): return str(error)
+    if isinstance(error, (OSError, ValueError, MissingExtra)): return str(error)
     from nbclient.exceptions import DeadKernelError
     if isinstance(error, DeadKernelError): what, kind = "its process was killed, perhaps since the memory was full", "DeadKernelError"
     elif hasattr(error, "evalue"): what, kind = error.evalue, error.ename  # papermill's

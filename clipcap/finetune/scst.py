@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from pycocoevalcap.cider.cider_scorer import CiderScorer, cook_refs, cook_test
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -28,20 +27,21 @@ from ..decoding.recorded import check_recorded, complete_recipe, recipe_changes
 from ..model import ClipCapModel, generate_ids, ids_to_text
 from ..optim.schedules import Average
 from ..runs.checkpoints import best_epoch, read_metrics
+from ..runs.extras import cider_scorer
 from ..scoring.tokenization import tokenize
 from ..train import finish_epoch, forget_later, resume, trained_so_far, validation_cider, validation_loss
 
 # %% ../../nbs/finetune/scst.ipynb #18b0b998
-class _TrainingScorer(CiderScorer):
-    "pycocoevalcap's scorer, with the document frequencies of the training captions."
+def _training_scorer(references):
+    "Make pycocoevalcap's scorer, with the document frequencies of the training captions."
+    class TrainingScorer(cider_scorer.CiderScorer):
+        ref_len = property(lambda self: np.log(float(len(references))), lambda self, value: None)  # the scorer would count the images of each call
 
-    def __init__(self, references):
-        super().__init__()
-        self.crefs, self.log_images = references, np.log(float(len(references)))
-        self.compute_doc_freq()
-        self.document_frequency = Counter(self.document_frequency)  # looking up an unknown n-gram adds nothing
-
-    ref_len = property(lambda self: self.log_images, lambda self, value: None)  # the scorer would count the images of each call
+    scorer = TrainingScorer()
+    scorer.crefs = references
+    scorer.compute_doc_freq()
+    scorer.document_frequency = Counter(scorer.document_frequency)  # looking up an unknown n-gram adds nothing
+    return scorer
 
 
 class CiderReward:
@@ -52,8 +52,8 @@ class CiderReward:
         references: dict[str, list[str]],  # training image -> its captions
     ):
         if len(references) < 2: raise ValueError(f"CIDEr weighs words by how few images have them; the training split has {len(references)}, give it at least two")
-        self.references = {image: cook_refs(words) for image, words in tokenize(references).items()}
-        self.scorer = _TrainingScorer(list(self.references.values()))
+        self.references = {image: cider_scorer.cook_refs(words) for image, words in tokenize(references).items()}
+        self.scorer = _training_scorer(list(self.references.values()))
 
     def __call__(
         self,
@@ -62,7 +62,7 @@ class CiderReward:
     ) -> np.ndarray:  # (I, R)
         "Score captions, as they come from the model."
         words = tokenize(dict(zip(images, captions)))
-        self.scorer.ctest = [cook_test(caption) for image in images for caption in words[image]]
+        self.scorer.ctest = [cider_scorer.cook_test(caption) for image in images for caption in words[image]]
         self.scorer.crefs = [self.references[image] for image in images for _ in words[image]]
         return np.reshape(self.scorer.compute_cider(), (len(images), -1))
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .readers import Reader, file_stamp, split_of
 from .tables import CAPTION_COLUMNS, find_columns
+from ..runs.extras import check_extra
 
 # %% ../../nbs/formats/arrow.ipynb #47f9ec3e
 _NAME_COLUMNS = ("filename", "file_name")
@@ -57,11 +58,9 @@ class Part:
 def load_parts(
     root: Path,  # what `save_to_disk` was given
 ) -> dict[str, Part]:  # by name
-    "Load a saved data set. Raises `ImportError` without the package, `ValueError` for another folder."
-    try: import datasets
-    except ImportError:
-        raise ImportError(f"{root} was saved by Hugging Face's datasets, which is needed to read it: "
-                          "pip install clipcap[datasets]") from None
+    "Load a saved data set. Raises `MissingExtra` without the package, `ValueError` for another folder."
+    check_extra("datasets", f"{root}, which Hugging Face's datasets saved,")
+    import datasets
     try: loaded = datasets.load_from_disk(str(root))
     except Exception as error:  # of many kinds
         raise ValueError(f"{root} can't be loaded ({type(error).__name__}: {error}); expected what "

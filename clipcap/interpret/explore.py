@@ -58,7 +58,7 @@ def plot_map(
     words: dict[str, tuple[str, ...]],  # at most 7: what to colour by -> the forms that count
 ):  # matplotlib figure
     "Plot the images by score, and by which of some words their references contain (the first in `words`)."
-    import matplotlib.pyplot as plt
+    from clipcap.runs.extras import plt
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", sharey=True)
     x, y = places.numpy().T
     marks = left.scatter(x, y, c=scores, cmap="viridis", s=22, vmin=0, vmax=scores.quantile(0.95) or None)
@@ -79,7 +79,7 @@ def plot_map(
 # %% ../../nbs/interpret/explore.ipynb #f5b8f2ee
 def _png(figure):
     "A figure as the bytes of a PNG, closed."
-    import matplotlib.pyplot as plt
+    from clipcap.runs.extras import plt
     file = BytesIO()
     figure.savefig(file, format="png", dpi=80)
     plt.close(figure)
@@ -93,7 +93,8 @@ def explore(
     device: str = "auto",  # where to compute
 ):  # ipywidgets box
     "Make a page with an image, its caption, and the three views of `clipcap.attention`. Raises as `load_run` does."
-    import ipywidgets as w
+    from clipcap.runs.extras import check_extra, ipywidgets as w
+    check_extra("notebooks", "explore")
     run, config = open_run(run)
     data, model = load_data(run, config), load_run(run.name, config.checkpoint if epoch is None else epoch, device, "float32")
     captions, references = read_captions_json(run.path/f"captions_{split}.json"), data.references(split)

@@ -149,7 +149,7 @@ def plot_curves(
     hidden: str,  # what is hidden: "patches" or "prefix tokens"
 ):  # matplotlib figure
     "Plot the mean probability of a word as more and more is hidden, and shown."
-    import matplotlib.pyplot as plt
+    from clipcap.runs.extras import plt
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
     for test, ax in enumerate(axes):
         for (name, both), style in zip(curves.items(), ("o-", "s--", "^:")):

@@ -89,10 +89,11 @@ def seed_process(
 # %% ../../nbs/optim/processes.ipynb #7961d2aa
 def start_accelerator(
     device: str = "auto",  # as in `Config`
+    **more,  # of `Accelerator`
 ) -> Accelerator:  # alone, or one of as many as torchrun started
     "Join the processes that torchrun started. Raises `RuntimeError` if this process does not find the others."
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # its successor is not in all versions
-    accelerator = Accelerator(cpu=pick_device(device) == "cpu", kwargs_handlers=[
+    accelerator = Accelerator(cpu=pick_device(device) == "cpu", **more, kwargs_handlers=[
         DistributedDataParallelKwargs(broadcast_buffers=False),  # all have the same from the start
         InitProcessGroupKwargs(timeout=timedelta(hours=6))])  # others wait while one prepares the data; a dead process ends all at once
     started = int(os.environ.get("WORLD_SIZE", 1))

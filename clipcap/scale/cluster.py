@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import clipcap
+from ..runs.extras import check_extra
 from ..runs.files import outputs_dir
 from .shards import ShardWriter, write_shard
 from .sources import Unit
@@ -39,10 +40,10 @@ def check_address(
 
 
 def import_ray():  # the module `ray`
-    "Import Ray without its log lines. Raises `ValueError` saying how to install it."
+    "Import Ray without its log lines. Raises `MissingExtra` saying how to install it."
     for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}.items(): os.environ.setdefault(name, value)
-    try: import ray, ray.data
-    except ImportError as error: raise ValueError(f"--cluster needs Ray ({error}): pip install clipcap[cluster]") from None
+    check_extra("cluster", "--cluster")
+    import ray, ray.data
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what stops the work is raised
     ray.data.DataContext.get_current().enable_progress_bars = False  # there is one of our own
     return ray

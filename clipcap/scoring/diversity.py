@@ -9,8 +9,8 @@ __all__ = ['UNDEFINED', 'self_bleu', 'diversity']
 from collections import Counter
 
 import numpy as np
-from pycocoevalcap.bleu.bleu_scorer import precook
 
+from ..runs.extras import bleu_scorer
 from .metrics import pool_bleu
 from .tokenization import tokenize
 
@@ -20,7 +20,7 @@ def self_bleu(
 ) -> float:  # BLEU-4 in [0, 1]; NaN for fewer than two captions
     "Compute BLEU-4 of each caption with all others as references, pooled."
     if len(texts) < 2: return float("nan")
-    cooked = [precook(text, 4) for text in texts]  # (words, how often each run of words)
+    cooked = [bleu_scorer.precook(text, 4) for text in texts]  # (words, how often each run of words)
     first, second = Counter(), Counter()
     for _, runs in cooked:
         for run, count in runs.items():

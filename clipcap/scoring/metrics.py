@@ -18,10 +18,8 @@ from importlib.metadata import version
 
 import numpy as np
 import pandas as pd
-from pycocoevalcap.bleu.bleu_scorer import BleuScorer
-from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.rouge.rouge import Rouge
 
+from ..runs.extras import bleu_scorer, check_extra, coco_cider, coco_rouge
 from .java import meteor_counts
 from .spice import spice_scores
 from .tokenization import check_tokenization, tokenize, unspaced
@@ -94,7 +92,7 @@ def bleu(
     references: dict[str, list[str]],  # the same ids -> words of each reference
 ) -> Columns:  # `bleu_1` to `bleu_4`, in [0, 1]
     "Compute BLEU-1 to BLEU-4 (Papineni et al. 2002)."
-    scorer = BleuScorer(n=4)
+    scorer = bleu_scorer.BleuScorer(n=4)
     for image_id, caption in captions.items(): scorer += (caption, references[image_id])
     _, images = scorer.compute_score(option="closest", verbose=0)
     rows = np.array([[c["testlen"], min((abs(n - c["testlen"]), n) for n in c["reflen"])[1],
@@ -118,7 +116,7 @@ def rouge_l(
     references: dict[str, list[str]],  # the same ids -> words of each reference
 ) -> Columns:  # `rouge_l`, in [0, 1]
     "Compute ROUGE-L with beta = 1.2 (Lin 2004)."
-    return {"rouge_l": mean_of_images(image_scores(Rouge(), captions, references))}
+    return {"rouge_l": mean_of_images(image_scores(coco_rouge.Rouge(), captions, references))}
 
 
 def cider(
@@ -132,7 +130,7 @@ def cider(
     if len(captions) < 2:
         raise ValueError("CIDEr weighs words by how few of the images scored use them, and there is "
                          "only one image; score at least two")
-    return {"cider": mean_of_images(image_scores(Cider(), captions, references))}
+    return {"cider": mean_of_images(image_scores(coco_cider.Cider(), captions, references))}
 
 # %% ../../nbs/scoring/metrics.ipynb #a45860ee
 METEOR_WEIGHTS = np.array([1, 0.6, 0.8, 0.6])  # of the ways to match; METEOR 1.5 for English, here and below
@@ -299,6 +297,7 @@ def score(
 
     ValueError for unknown metrics or tokenization and for ids that do not match (`check_pairs`).
     """
+    check_extra("metrics", "scoring captions")
     names = check_metrics(metrics)
     check_tokenization(tokenization)
     check_pairs(captions, references)

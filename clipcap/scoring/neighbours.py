@@ -11,9 +11,9 @@ from collections import Counter
 
 import numpy as np
 import torch
-from pycocoevalcap.bleu.bleu_scorer import precook
 
 from ..data import Data
+from ..runs.extras import bleu_scorer
 
 # %% ../../nbs/scoring/neighbours.ipynb #07341c86
 def mean_embedding(
@@ -62,7 +62,7 @@ class CiderVectors:
         images: list[list[str]],  # captions of each training image, words separated by spaces
     ):
         seen = Counter(run for captions in images
-                       for run in {run for c in captions for run in precook(c, 4)[1]})
+                       for run in {run for c in captions for run in bleu_scorer.precook(c, 4)[1]})
         self.number = {run: k for k, run in enumerate(seen)}
         self.rarity = {run: np.log(len(images)/count) for run, count in seen.items()}
         self.rarest = np.log(len(images))
@@ -71,7 +71,7 @@ class CiderVectors:
     def sparse(self, caption: str) -> tuple[np.ndarray, np.ndarray]:  # numbers of runs, weights
         "Compute a caption's vector, of length 1 (shorter where it has no rare runs of some length)."
         if caption not in self.known:
-            runs = precook(caption, 4)[1]
+            runs = bleu_scorer.precook(caption, 4)[1]
             weight = np.array([count*self.rarity.get(run, self.rarest) for run, count in runs.items()])
             sizes = np.array([len(run) for run in runs])
             length = np.sqrt(np.bincount(sizes, weight**2, 5))[sizes] if len(runs) else weight

@@ -20,12 +20,12 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import jpype
 import pandas as pd
 from tqdm import tqdm
 
+from ..runs.extras import jpype
 from ..runs.files import outputs_dir
-from .java import JARS, JAVA_LOCK, printable, start_java
+from .java import JAVA_LOCK, java_program, printable, start_java
 from .spice_files import CODE, gather_files, spice_folder
 
 # %% ../../nbs/scoring/spice.ipynb #6e6312df
@@ -35,8 +35,8 @@ MOST_THREADS = 8  # that parse at once: each needs 50 MB for a sentence of 40 wo
 def spice_class_path() -> list[Path]:  # after METEOR's jar
     "List SPICE, the libraries that it uses here, and the files of `spice_folder`."
     unused = ("Meteor-1.5", "lmdbjni", "junit", "hamcrest")
-    libraries = [p for p in sorted((JARS/"spice/lib").glob("*.jar")) if not p.name.startswith(unused)]
-    return [JARS/"spice/spice-1.0.jar", *libraries, spice_folder()/CODE, spice_folder()]
+    libraries = [p for p in sorted(java_program("spice/lib").glob("*.jar")) if not p.name.startswith(unused)]
+    return [java_program("spice/spice-1.0.jar"), *libraries, spice_folder()/CODE, spice_folder()]
 
 
 def _opened(of, name, *types):

@@ -18,6 +18,7 @@ from pathlib import Path
 from fastcore.script import call_parse
 from tqdm import tqdm
 
+from ..runs.extras import check_extra
 from ..runs.files import atomic_path, outputs_dir
 
 # %% ../../nbs/scoring/spice_files.ipynb #18a1d270
@@ -186,6 +187,7 @@ def gather_files(
 
     if missing and jars: ask(str(jars), folder_source(jars))
     if missing:
+        check_extra("metrics", "fetching SPICE's files")
         from jgo.constants import MAVEN_CENTRAL_URL, default_maven_repo  # here: it is slow to import
         local = default_maven_repo()/MAVEN_PATH
         ask(str(local), folder_source(local))

@@ -10,16 +10,14 @@ import re
 import unicodedata
 from functools import cache
 
-import jpype
-from pycocoevalcap.tokenizer import ptbtokenizer
-
-from .java import JARS, JAVA_LOCK, load_class, printable, start_java
+from ..runs.extras import jpype, ptbtokenizer
+from .java import JAVA_LOCK, java_program, load_class, printable, start_java
 
 # %% ../../nbs/scoring/tokenization.ipynb #eda0bafb
 @cache
 def _ptb_reader():
     "Load what the tool's `main` calls for its input: the method that cuts a stream of lines."
-    tool = load_class(JARS/"tokenizer"/ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR, "edu.stanford.nlp.process.PTBTokenizer")
+    tool = load_class(java_program("tokenizer")/ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR, "edu.stanford.nlp.process.PTBTokenizer")
     method = next(m for m in tool.getDeclaredMethods() if m.getName() == "tokReader")
     method.setAccessible(True)
     return method
@@ -79,7 +77,8 @@ def tokenize(
     if tokenization == "ptb":
         spaced = [words for start in range(0, len(lines), AT_ONCE)
                   for words in ptb_lines([line for caption in lines[start:start + AT_ONCE] for line in (caption, BARRIER)])[::2]]
-        lines = [" ".join(w for w in line.split(" ") if w not in ptbtokenizer.PUNCTUATIONS) for line in spaced]
+        signs = {*ptbtokenizer.PUNCTUATIONS}
+        lines = [" ".join(w for w in line.split(" ") if w not in signs) for line in spaced]
     elif tokenization == "characters": lines = [" ".join(_characters(line)) for line in lines]
     rest = iter(lines)
     return {i: [next(rest) for _ in captions] for i, captions in captions_by_id.items()}

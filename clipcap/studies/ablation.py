@@ -367,7 +367,7 @@ def plot_ablation(
     baselines: dict[str, float] | None = None,  # name -> score, drawn as dashed lines
 ):  # matplotlib figure
     "Draw each recipe's mean with its interval, and its seeds as dots."
-    import matplotlib.pyplot as plt
+    from clipcap.runs.extras import plt
     table = summarize(results, metric, reference).iloc[::-1]
     figure, ax = plt.subplots(figsize=(7, 1.4 + 0.27*len(table)), layout="constrained")
     for y, (recipe, row) in enumerate(table.iterrows()):
@@ -397,7 +397,7 @@ def plot_interaction(
     metric: str = "cider",  # column
 ):  # matplotlib figure
     "Draw two changes together: parallel lines where they don't interact."
-    import matplotlib.pyplot as plt
+    from clipcap.runs.extras import plt
     results = results[results.recipe.isin(recipes)]  # without the baselines
     points = results.assign(**{f: [recipes[r].get(f) for r in results.recipe] for f in (x, line)})
     figure, ax = plt.subplots(figsize=(5.5, 3.4), layout="constrained")

@@ -376,7 +376,7 @@ def plot_benchmark(
     rows: pd.DataFrame,  # from `benchmark_rows`
 ):  # matplotlib figure
     "Draw captions per second as bars, with the limit of each where it has one."
-    import matplotlib.pyplot as plt
+    from clipcap.runs.extras import plt
     jobs = ["training", "captioning"]
     figure, axes = plt.subplots(2, 1, figsize=(7, 5.6), layout="constrained",
                                 height_ratios=[(rows.job == job).sum() for job in jobs])
@@ -407,7 +407,7 @@ def plot_scaling(
     share: float,  # of the limit that a step reaches
 ):  # matplotlib figure
     "Draw seconds per step against each size that was changed, with the time that its operations predict."
-    import matplotlib.pyplot as plt
+    from clipcap.runs.extras import plt
     figure, axes = plt.subplots(2, 2, figsize=(7, 5.6), sharey=True, layout="constrained")
     for ax, (what, part) in zip(axes.flat, scaling.groupby("what", sort=False)):
         ax.plot(part.value, part.gflop/limit, color="#D55E00", label="needed operations at matmul speed")

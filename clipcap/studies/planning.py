@@ -297,7 +297,7 @@ def plot_plan(
     gpus: tuple = (1, 8, 64),  # how many
 ):  # matplotlib figure
     "Draw the hours of each part of encoding and training, at each size."
-    import matplotlib.pyplot as plt
+    from clipcap.runs.extras import plt
     figure, axes = plt.subplots(2, len(gpus), figsize=(3*len(gpus), 5.6), sharex=True, sharey=True, layout="constrained", squeeze=False)
     colors = {"GPU": "#0072B2", "JPEG decoding": "#D55E00", "reading photos": "#009E73", "making batches": "#E69F00",
               "adding up gradients": "#CC79A7", "reading embeddings": "#56B4E9"}

@@ -27,6 +27,7 @@ from fastcore.script import Param, call_parse
 from tqdm import tqdm
 
 from ..core import Config, Run, make_config
+from ..runs.extras import check_extra
 from ..runs.files import atomic_path, outputs_dir, project_root, resolve_path, save_figure
 
 # %% ../../nbs/studies/search.ipynb #aa18816f
@@ -168,9 +169,9 @@ def run_trial(
 
 # %% ../../nbs/studies/search.ipynb #512aba8d
 def _optuna():
-    "Import optuna. Raises `ImportError` saying how to install it."
-    try: import optuna
-    except ImportError: raise ImportError("a search needs optuna; install it: pip install 'clipcap[sweep]'") from None
+    "Import optuna. Raises `MissingExtra` saying how to install it."
+    check_extra("search", "a search")
+    import optuna
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
@@ -232,7 +233,7 @@ def open_storage(
     grace: int = 300,  # seconds without a heartbeat after which a worker is taken for dead
     retries: int = 3,  # times that a trial may be repeated after its worker died
 ):  # `optuna.storages.BaseStorage`
-    "Open a storage, or begin one. Raises `ValueError` for a path or a file that is not a storage, `ImportError` without optuna."
+    "Open a storage, or begin one. Raises `ValueError` for a path or a file that is not a storage, `MissingExtra` without optuna."
     optuna = _optuna()
     again = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=retries)
     if "://" in str(storage):
@@ -410,7 +411,7 @@ def plot_search(
     study,  # `optuna.Study`
 ):  # matplotlib figure
     "Plot the scores in the order of trials, the best so far, and from ten trials on the importance of each field."
-    import matplotlib.pyplot as plt
+    from clipcap.runs.extras import plt
     done = [t for t in counted_trials(study) if t.state.name == "COMPLETE"]
     metric = {"cider": "CIDEr", "loss": "loss, nats a token"}[study.user_attrs["asked"]["metric"]]
     best = pd.Series([t.value for t in done], [t.number for t in done])
