@@ -260,20 +260,6 @@ def train_epoch(
     return sum_over_processes(float(total))[0]/tokens
 
 # %% ../nbs/03_train.ipynb #9b08afbe
-def train(
-    model: ClipCapModel,  # its trainable parts are trained in place
-    train_set: FlickrDataset | StoreDataset,  # read in a new order each epoch
-    val_set: FlickrDataset,  # for the validation loss
-    config: Config,  # epochs, batch size, AdamW's settings, seed
-    folder: Path,  # run folder: checkpoints and metrics
-    recipe: dict,  # what the weights depend on, for `resume`
-    track: Callable | None = None,  # from `tracking`
-) -> pd.DataFrame:  # one row per epoch
-    "Train the mapping network, and what is tuned of GPT-2, from the last finished epoch on."
-    with Writer(beside=model.device.type == "cuda") as write: _train(model, train_set, val_set, config, folder, recipe, write, track)
-    return pd.DataFrame([m for m in read_metrics(folder) if m["epoch"] <= config.epochs])
-
-
 def _train(model, train_set, val_set, config, folder, recipe, write, track):
     accelerator = start_accelerator(config.device)
     rank, world, writes = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
@@ -307,6 +293,20 @@ def _train(model, train_set, val_set, config, folder, recipe, write, track):
             write.wait()  # it reads what was written
             track(model, average)
         accelerator.wait_for_everyone()
+
+# %% ../nbs/03_train.ipynb #773de5f6
+def train(
+    model: ClipCapModel,  # its trainable parts are trained in place
+    train_set: FlickrDataset | StoreDataset,  # read in a new order each epoch
+    val_set: FlickrDataset,  # for the validation loss
+    config: Config,  # epochs, batch size, AdamW's settings, seed
+    folder: Path,  # run folder: checkpoints and metrics
+    recipe: dict,  # what the weights depend on, for `resume`
+    track: Callable | None = None,  # from `tracking`
+) -> pd.DataFrame:  # one row per epoch
+    "Train the mapping network, and what is tuned of GPT-2, from the last finished epoch on."
+    with Writer(beside=model.device.type == "cuda") as write: _train(model, train_set, val_set, config, folder, recipe, write, track)
+    return pd.DataFrame([m for m in read_metrics(folder) if m["epoch"] <= config.epochs])
 
 # %% ../nbs/03_train.ipynb #4b68d979
 def training_sets(
