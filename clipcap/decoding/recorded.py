@@ -113,7 +113,7 @@ def recorded_recipe(
     older = {**trained.get("config", {}), **{key: data.get(key) for key in ("data_hash", "encoder")}, "gpt2": trained.get("gpt2")}
     return run.manifest.get("trained_with") or {key: value for key, value in older.items() if value is not None}
 
-
+# %% ../../nbs/decoding/recorded.ipynb #c41865dc
 def check_prepared(
     run: Run,  # with `01_data` finished
     recipe: dict,  # from `training_recipe`
@@ -129,10 +129,14 @@ def check_recorded(
     run: Run,  # trained
     config: Config,  # its settings of training
     encoder: str | None = None,  # as in `input_hashes`
+    tuned: bool = True,  # compare the settings of self-critical training, too, where it made the last weights
 ):
     "Raise `ValueError` naming what is not what the run was trained with."
     recorded, now = recorded_recipe(run), training_recipe(run, config, encoder)
     if "trained_with" not in run.manifest: now = {key: value for key, value in now.items() if key in recorded}
+    if tuned and (run.path/"checkpoints/scst.pt").is_file():
+        own = {key: value for key, value in run.manifest.get("tuned_with", {}).items() if hasattr(Config, key)}
+        recorded, now = recorded | own, now | {key: getattr(config, key) for key in own}
     if changes := recipe_changes(recorded, now):
         raise ValueError(f"run {run.name!r} was trained with something else: {'; '.join(changes)}. Put back what was replaced, or train "
                          f"anew: python -m clipcap.train --run {run.name} --restart, or the pipeline (make run)")
