@@ -18,6 +18,8 @@
 # make compare RUNS="demo other"   runs side by side, with intervals, tests and yardsticks
 # make verify   does RUN still hold what it recorded? files, inputs, scores from its captions
 # make faults   kill, fill up, take away, run twice: every stage, for real; table in outputs/faults.csv
+# make replaced models, data, settings, code replaced before every stage and command; table in outputs/replaced.csv, ten minutes;
+#                ONLY="setting num_beams" makes one row of it
 # make faithful is what 06_attention shows true? deletion, insertion and pointing, on RUN
 # make fuzz     random files against everything that reads one, SECONDS each; finds in outputs/fuzz. Installs atheris first
 # make mutation  small faults, one at a time: do the tests notice? NUMBER per module; table in outputs/mutation.csv, continued
@@ -49,7 +51,7 @@ SET ?=
 FORCE ?=
 
 .PHONY: run test test-all test-kernels soak gpu-check test-cluster real flickr8k full-size-check benchmark planning ablation search compare faithful mini export readme lab store-check scaling \
-	lock test-oldest licences wheel-check verify fuzz faults mutation
+	lock test-oldest licences wheel-check verify fuzz faults replaced mutation
 
 run: $(VENV)/installed
 	$(BIN)/python -m clipcap.apps.pipeline --run $(RUN) --preset $(PRESET) $(if $(FORCE),--force) $(SET)
@@ -164,6 +166,12 @@ $(VENV)/mutation: $(VENV)/installed
 faults: $(VENV)/installed
 	@mkdir -p outputs
 	$(BIN)/papermill nbs/checks/faults.ipynb outputs/faults.ipynb -k python3 -p everything True -p csv_file outputs/faults.csv
+
+ONLY ?=
+replaced: $(VENV)/installed
+	@mkdir -p outputs
+	$(BIN)/papermill nbs/checks/replaced.ipynb outputs/replaced.ipynb -k python3 -p everything True -p csv_file outputs/replaced.csv \
+		$(if $(ONLY),-p only "$(ONLY)")
 
 mini: $(VENV)/installed
 	$(BIN)/papermill nbs/mini/backbones.ipynb outputs/mini.ipynb -k python3 -p train True

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['epoch_loader', 'validation_loss', 'validation_cider', 'validate', 'finish_epoch', 'trained_so_far', 'resume',
-           'forget_later', 'compute_gradient', 'train_epoch', 'train', 'training_sets', 'train_run', 'plot_losses',
-           'watch', 'train_stage', 'main']
+           'forget_later', 'compute_gradient', 'train_epoch', 'train', 'training_sets', 'train_run', 'set_aside',
+           'plot_losses', 'watch', 'train_stage', 'main']
 
 # %% ../nbs/03_train.ipynb #2ffcf2fd
 import json
@@ -352,13 +352,13 @@ def train_run(
         changes.append(f"it was trained for {before['epoch']} epochs, more than epochs={config.epochs}")
     anew = before and (restart is True or restart and changes)
     accelerator.wait_for_everyone()  # all have read it, before one of them changes anything
-    if anew and accelerator.is_main_process: _set_aside(run, changes or ["restart=True"])
+    if anew and accelerator.is_main_process: set_aside(run, changes or ["restart=True"])
     recipe = complete_recipe(recipe, None if anew else before, config)
     if accelerator.is_main_process and (anew or not changes): _record(run, config, recipe)
     accelerator.wait_for_everyone()
     with tracking(run, config, data) as track: return train(model, train_set, val_set, config, run.path, recipe, track)
 
-
+# %% ../nbs/03_train.ipynb #cc7cfb9b
 def _note_cut(run, max_length, **sets):
     "Record in `run.json`, and print, how many captions are longer than `max_length`."
     counted = {part: dict(zip(("cut", "of"), dataset.count_cut())) for part, dataset in sets.items()}
@@ -367,12 +367,18 @@ def _note_cut(run, max_length, **sets):
     if "started" in run.stage_entry("03_train"): run.update_stage("03_train", captions_cut=counted)
 
 
-def _set_aside(run, reasons):
-    "Move a run's checkpoints and metrics to `checkpoints.old`, in place of what was set aside before."
+def set_aside(
+    run: Run,  # trained
+    reasons: list[str],  # why it is trained anew
+    put: Callable = shutil.move,  # or `shutil.copytree`, where some checkpoints stay in use
+):
+    "Put a run's checkpoints and metrics into `checkpoints.old`, in place of what was set aside before."
     old = run.path/"checkpoints.old"
     shutil.rmtree(old, ignore_errors=True)
-    (run.path/"checkpoints").rename(old)
-    for path in filter(Path.exists, (run.path/"metrics.jsonl", run.path/"track")): path.rename(old/path.name)
+    put(run.path/"checkpoints", old)
+    move = shutil.move if put is shutil.move else shutil.copy
+    if (run.path/"metrics.jsonl").is_file(): move(run.path/"metrics.jsonl", old/"metrics.jsonl")
+    if put is shutil.move and (run.path/"track").exists(): shutil.move(run.path/"track", old/"track")
     print(f"run {run.name!r} is trained anew ({'; '.join(reasons)}); its earlier checkpoints are set aside in {old.name}", file=sys.stderr)
 
 

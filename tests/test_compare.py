@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,12 +10,13 @@ import pandas as pd
 import pytest
 import torch
 
-from clipcap.data import Data, load_data
+from clipcap.core import make_config
+from clipcap.data import Data, load_clip, load_data
 from clipcap.decoding.load import load_run
 from clipcap.formats.embeddings import Embeddings, write_embeddings
 from clipcap.formats.readers import random_split, read_captions
-from clipcap.reporting.compare import (CONTROLS, baseline_captions, compare, compare_scores, control_captions, human_scores,
-                                       most_common_caption, paired_test, plot_comparison, several_references, shuffle_images,
+from clipcap.reporting.compare import (CONTROLS, _text_encoder, baseline_captions, compare, compare_scores, control_captions,
+                                       human_scores, most_common_caption, paired_test, plot_comparison, several_references, shuffle_images,
                                        side_by_side, stars, write_comparison)
 from clipcap.runs.files import write_json
 from clipcap.scoring.metrics import Column, mean_of_images, percentile_interval, ratio, resample, score
@@ -210,7 +212,7 @@ def test_runs_are_compared_on_the_same_images(two_runs):
     assert written["table"][0]["p"] is None and written["table"][0]["mark"] == ""
 
 
-def test_what_can_not_be_compared_is_told(two_runs):
+def test_what_can_not_be_compared_is_told(two_runs, monkeypatch):
     with pytest.raises(ValueError, match="there is no run 'never'"): compare(["demo", "never"])
     assert not (two_runs.parent/"never").exists()
     with pytest.raises(ValueError, match="name at least one run"): compare([])
@@ -218,7 +220,15 @@ def test_what_can_not_be_compared_is_told(two_runs):
     table = pd.read_csv(two_runs/"captions_table.csv", dtype=str, keep_default_na=False)
     images = sorted(set(table[table.split == "test"].image))
     table.assign(split=table.split.where(~table.image.isin(images[:2]), "val")).to_csv(two_runs/"captions_table.csv", index=False)
+    with pytest.raises(ValueError, match="run 'worse' was trained with something else: data_hash was"): compare(["demo", "worse"], metrics=["cider"])
+    monkeypatch.setattr("clipcap.reporting.compare.check_recorded", lambda *_: None)  # as if it had been trained on that
     with pytest.raises(ValueError, match=f"of their {len(images)} and {len(images) - 2} images, {len(images) - 2} are the same"): compare(["demo", "worse"], metrics=["cider"])
+
+
+@pytest.mark.parametrize("encoder, there", [(None, True), ("another@0", False)])
+def test_texts_are_read_only_by_the_clip_that_made_the_embeddings(encoder, there):
+    made = SimpleNamespace(embeddings=SimpleNamespace(encoder=encoder or load_clip("mini")[2]))
+    assert (_text_encoder(make_config("mini"), made) is not None) == there
 
 
 def test_baselines_stand_beside_a_run(trained):
@@ -230,7 +240,7 @@ def test_baselines_stand_beside_a_run(trained):
 
 
 def test_people_are_left_out_where_images_have_one_caption(trained_copy, outputs, monkeypatch):
-    monkeypatch.setattr("clipcap.decoding.load.check_recorded", lambda *_: None)  # the table is replaced below
+    for module in ("decoding.load", "reporting.compare"): monkeypatch.setattr(f"clipcap.{module}.check_recorded", lambda *_: None)  # the table is replaced below
     table = pd.read_csv(outputs/"demo/captions_table.csv", dtype=str, keep_default_na=False)
     table.drop_duplicates("image").to_csv(outputs/"demo/captions_table.csv", index=False)
     with pytest.warns(UserWarning, match="people are not compared: 6 of 6 images have fewer than two captions"):

@@ -1,5 +1,6 @@
 """Self-critical training (clipcap.finetune.scst)."""
 import itertools
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -241,6 +242,9 @@ def test_restart_puts_away_what_was_made_before(run, config, restart):
     scst_run(run, replace(config, scst_epochs=1))
     assert scst_run(run, replace(config, scst_epochs=1, scst_learning_rate=2e-3), restart=restart).epoch.tolist() == [3]
     assert epochs_of(run) == [1, 2, 3]
+    old = run.path/"checkpoints.old"  # the weights of before are set aside
+    assert trained_so_far(run.path, "scst.pt")["recipe"]["scst_learning_rate"] == 2e-3
+    assert json.loads(torch.load(old/"scst.pt", weights_only=True)["recipe"])["scst_learning_rate"] == config.scst_learning_rate and (old/"mapping_network_epoch_3.pth").is_file()
     scst_run(run, replace(config, scst_epochs=0), restart=restart)
     assert files(run) == trained and epochs_of(run) == [1, 2]
 

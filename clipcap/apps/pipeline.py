@@ -20,7 +20,7 @@ from fastcore.script import Param, call_parse
 
 from ..core import (ENCODERS, MAPPING_NETWORKS, RERANKERS, STAGES, Config, Run, check_preset, make_config,
                           parse_changes, stage_config)
-from ..decoding.recorded import other_code
+from ..decoding.recorded import DATA, other_code, prepared_hashes, recipe_changes
 from ..formats.readers import find_source
 from ..networks.encoders import encoder_place
 from ..runs.extras import MissingExtra, check_extra
@@ -157,7 +157,9 @@ def _why_unfinished(run, stage, before, config):
     if stage == "03_train" and "epochs" in entry: files.append(f"checkpoints/mapping_network_epoch_{entry['epochs']}.pth")
     missing = [name for name in files if not (run.path/name).is_file()]
     if entry.get("embeddings") and not config["embeddings"] and not (outputs_dir()/entry["embeddings"]).is_dir(): missing.append(entry["embeddings"])
-    return f"{missing[0]} is missing" if missing else ""
+    if missing: return f"{missing[0]} is missing"
+    made = {key: entry[key] for key in DATA if key in entry} if stage == "01_data" else {}
+    return "; ".join(recipe_changes(made, prepared_hashes(run, run.config(stage)))) if made else ""
 
 # %% ../../nbs/apps/pipeline.ipynb #fe78c423
 def run_stages(

@@ -7,6 +7,7 @@ __all__ = ['CiderReward', 'sample_captions', 'sampled_losses', 'advantages', 'sc
            'train_scst', 'starting_epoch', 'scst_run', 'training_stages', 'plot_rewards']
 
 # %% ../../nbs/finetune/scst.ipynb #f6fbc3b2
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from ..optim.schedules import Average
 from ..runs.checkpoints import best_epoch, read_metrics
 from ..runs.extras import cider_scorer
 from ..scoring.tokenization import tokenize
-from ..train import finish_epoch, forget_later, resume, trained_so_far, validation_cider, validation_loss
+from ..train import finish_epoch, forget_later, resume, set_aside, trained_so_far, validation_cider, validation_loss
 
 # %% ../../nbs/finetune/scst.ipynb #18b0b998
 def _training_scorer(references):
@@ -191,7 +192,7 @@ def starting_epoch(
         f"epoch={epoch} is not one of 03_train's, which trained run {run.name!r} for {trained}; choose an earlier one")
     return trained if epoch is None else epoch
 
-
+# %% ../../nbs/finetune/scst.ipynb #7a64f970
 def _prepare(run, config, epoch, restart):
     "Put away what another recipe made; return the epoch to begin from and the recipe."
     before, trained = trained_so_far(run.path, "scst.pt"), trained_so_far(run.path)
@@ -204,8 +205,9 @@ def _prepare(run, config, epoch, restart):
     if done > config.scst_epochs and not restart: raise ValueError(
         f"run {run.name!r} is trained for CIDEr for {done} epochs, more than scst_epochs={config.scst_epochs}; "
         "ask for as many, or begin anew: restart=True")
-    if before and (restart is True or restart and (
-            done > config.scst_epochs or recipe_changes(before["recipe"], recipe))):
+    changes = recipe_changes(before["recipe"], recipe) if before else []
+    if before and (restart is True or restart and (done > config.scst_epochs or changes)):
+        set_aside(run, changes or [f"scst_epochs={config.scst_epochs}" if done > config.scst_epochs else "restart=True"], shutil.copytree)
         forget_later(run.path, trained["epoch"])
         before = None
     return begin, complete_recipe(recipe, before, config, "clipcap.finetune.scst", config.epochs)
@@ -218,10 +220,12 @@ def scst_run(
     restart: bool | str = False,  # True: begin anew; "if changed": only if the recipe has changed
 ) -> pd.DataFrame:  # one row per epoch; none where `scst_epochs` is 0
     "Train a run for CIDEr, or resume that. Raises `ValueError` where it was done by another recipe."
-    if config.scst_epochs: check_recorded(run, config)
+    if config.scst_epochs: check_recorded(run, config, tuned=False)
     begin, recipe = _prepare(run, config, epoch, restart)
     if not config.scst_epochs: return pd.DataFrame()
-    run.update(tuned_with={"trained_by_code": recipe["trained_by_code"]})
+    before = trained_so_far(run.path, "scst.pt")
+    if not (before and recipe_changes(before["recipe"], recipe)):  # else it is refused: what is recorded stays
+        run.update(tuned_with={name: recipe[name] for name in ("scst_learning_rate", "scst_samples", "trained_by_code")})
     data, model = load_data(run, config), load_run(run.name, begin, config.device, config.precision)
     train_set, val_set = (FlickrDataset(data.split(part), data.embeddings, model.tokenizer, config.max_length, "all", config.seed)
                           for part in ("train", "val"))

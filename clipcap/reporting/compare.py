@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ..core import DECODING, Config, Run, open_run
 from ..data import Data, load_clip, load_data
 from ..decoding.load import load_run
+from ..decoding.recorded import check_recorded, clip_encoder, other_code
 from ..evaluate import nan_to_none, read_captions_json, score_split
 from ..model import ClipCapModel, generate_from_embeddings
 from ..runs.files import atomic_path, write_json
@@ -215,7 +216,7 @@ def read_run(
     name: str,  # of a run
     split: str,  # that `04_evaluate` has captioned
 ) -> tuple[Config, Data, dict, dict]:  # configuration, data, captions, protocol of their scores
-    "Read what a run wrote of a split. Raises `ValueError` where there is no such run, or it was not evaluated."
+    "Read what a run wrote of a split. Raises `ValueError` where there is no such run, it was not evaluated, or as `check_recorded`."
     run = Run(name)
     if not run.manifest: raise ValueError(f"there is no run {name!r} in {run.path.parent}")
     run, config = open_run(name)
@@ -224,6 +225,9 @@ def read_run(
         raise ValueError(f"run {name!r} has no captions and scores of the split {split!r}; first: "
                          f"papermill nbs/04_evaluate.ipynb OUT.ipynb -p run {name} "
                          f"-p eval_split {split}")
+    trained = run.config("03_train")
+    check_recorded(run, trained, clip_encoder(run, trained))
+    if note := other_code(run, trained): warnings.warn(note)
     return (config, load_data(run, config), read_captions_json(captions),
             json.loads(scores.read_text("utf-8"))["protocol"])
 
@@ -260,6 +264,13 @@ def _people(references, metrics, tokenization):
     return {"people, one left out": human_scores(several, by_words, tokenization)}
 
 
+def _text_encoder(config, data):
+    "Return the text encoder of the CLIP that made a run's embeddings; None where that is not `clip_model`."
+    if config.embeddings: return None
+    clip, _, encoder = load_clip(config.clip_model)
+    return text_encoder(clip, config.clip_model) if encoder.rpartition("@")[2] in data.embeddings.encoder else None
+
+# %% ../../nbs/reporting/compare.ipynb #38cbe292
 def compare(
     runs: list[str],  # names of evaluated runs; the others are compared with the first
     split: str = "test",  # "train", "val" or "test"
@@ -275,7 +286,7 @@ def compare(
     config, data, captions, protocol = read[runs[0]]
     references = data.references(split)
     check_references({name: other.references(split) for name, (_, other, _, _) in read.items()})
-    encode = None if config.embeddings else text_encoder(load_clip(config.clip_model)[0], config.clip_model)
+    encode = _text_encoder(config, data)
     written = {name: own for name, (_, _, own, _) in read.items()}
     if baselines: written |= _all_baselines(runs[0], config, data, captions, protocol["checkpoint"])
     scores = {name: score_split(own, data, split, encode, metrics, tokenization) for name, own in written.items()}
