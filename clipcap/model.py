@@ -172,6 +172,13 @@ class ClipCapModel(nn.Module):
         return caption_losses(self.gpt2, self.prefix(embedding), *args, **kwargs)
 
 # %% ../nbs/02_model.ipynb #aa1ad430
+def _check_search(temperature=0., **numbers):
+    "Raise `ValueError` for a number of beams or tokens, or a temperature, that is not possible."
+    for name, value in numbers.items():
+        if not hasattr(value, "__index__") or value < 1: raise ValueError(f"{name}={value!r:.40} must be a whole number, 1 or more")
+    if not temperature >= 0: raise ValueError(f"temperature={temperature} must be 0 or more")
+
+
 @torch.inference_mode()
 def generate_ids(
     embeddings: torch.Tensor,  # (B, clip_dim) or (B, T, clip_dim)
@@ -184,7 +191,8 @@ def generate_ids(
     processors: tuple = (),  # further `LogitsProcessor`s
     **options,  # others of transformers' `generate`
 ) -> torch.Tensor:  # (B*R, T) token ids, padded with `[PAD]`
-    "Continue each image's prefix with transformers' beam search, or sampling."
+    "Continue each image's prefix with transformers' beam search, or sampling. Raises `ValueError` naming what is not possible."
+    _check_search(temperature, max_length=max_length, num_beams=num_beams, num_return_sequences=num_return_sequences)
     was_training, rows = model.training, max(num_beams, num_return_sequences)
     model.eval()
     prefix = model.prefix(embeddings.to(model.device)).to(model.gpt2.dtype)  # (B, P, d)
@@ -257,13 +265,6 @@ def ids_to_text(
 ) -> list[str]:  # B captions
     "Turn token ids into text without special tokens, with single spaces."
     return [" ".join(text.split()) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-
-def _check_search(temperature=0., **numbers):
-    "Raise `ValueError` for a number of beams or tokens, or a temperature, that is not possible."
-    for name, value in numbers.items():
-        if not hasattr(value, "__index__") or value < 1: raise ValueError(f"{name}={value!r:.40} must be a whole number, 1 or more")
-    if not temperature >= 0: raise ValueError(f"temperature={temperature} must be 0 or more")
 
 
 def generate_from_embeddings(
