@@ -394,21 +394,28 @@ def _stage(run, stage, config, needs=()):
 
 @contextmanager
 def _recorded(run, stage, config, needs):
-    "Write the stage's part of `run.json`, at its start and at its end."
-    run.update(config=dataclasses.asdict(config), seed=config.seed)
-    stages = run.manifest.get("stages", {})
+    "Write the stage's part of `run.json`, at its start and at its end; put back what stood there where the stage is refused, and changed nothing."
+    before, files = run.manifest, _stamps(run, stage)
+    stages = before.get("stages", {})
     built_on = {s: stages[s]["started"] for s in needs}
     entry = {"started": _now(), "built_on": built_on, "config": stage_config(config, stage),
              "process": f"{os.getpid()} on {socket.gethostname()}"}
-    run.update(stages={**stages, stage: {**entry, **environment()}})
+    run.update(config=dataclasses.asdict(config), seed=config.seed, stages={**stages, stage: {**entry, **environment()}})
     clock, notes = time.monotonic(), {}
     try:
         yield notes
         run.update_stage(stage, **notes, **_made(run, stage, notes, stages.get(stage, {})), finished=_now(), seconds=round(time.monotonic() - clock, 1))
     except BaseException as error:
         with suppress(OSError):  # full disk: `run.json` stays as it was, with a stage that began and did not end
-            run.update_stage(stage, **notes, error=f"{type(error).__name__}: {error}")
+            refused = isinstance(error, (OSError, TypeError, ValueError)) and files == _stamps(run, stage)
+            if refused and "finished" in stages.get(stage, {}): run.update(**{key: before[key] for key in ("config", "seed", "stages") if key in before})
+            else: run.update_stage(stage, **notes, error=f"{type(error).__name__}: {error}")
         raise
+
+
+def _stamps(run, stage):
+    "Map each file that a stage has made to its size and time."
+    return {name: (found.st_size, found.st_mtime_ns) for name in made_files(run.path, stage, "*") for found in [(run.path/name).stat()]}
 
 # %% ../nbs/00_core.ipynb #54bcf4b3
 def check_preset(
