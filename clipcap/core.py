@@ -14,6 +14,7 @@ import difflib
 import math
 import os
 import random
+import re
 import socket
 import time
 import typing
@@ -229,12 +230,12 @@ def preset_changes(
     return {name: value for name, value in dataclasses.asdict(PRESETS[preset]).items() if value != getattr(other, name)}
 
 
-def _check_names(names):
-    "Raise `ValueError` for the first name that is no setting."
+def _check_names(names, known=FIELDS):
+    "Raise `ValueError` for the first name that is not known."
     for name in names:
-        if name in FIELDS: continue
-        close = difflib.get_close_matches(name, FIELDS, 1)
-        raise ValueError(f"unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else f"; fields are {[*FIELDS]}"))
+        if name in known: continue
+        close = difflib.get_close_matches(name.lower(), known, 1)
+        raise ValueError(f"unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else f"; fields are {[*known]}"))
 
 
 def make_config(
@@ -451,10 +452,13 @@ def notebook_parameters(
 ) -> dict:  # name -> value, for `open_run`
     """Collect the parameters of a notebook: the plain variables of its `parameters` cell, and papermill's.
 
-    Raises `ValueError` for a name with capital letters that resembles a parameter, `TypeError` where papermill took the run's name for a number."""
+    Raises `ValueError` for an unknown name of papermill's, or one with capital letters that resembles a parameter; `TypeError` where papermill
+    took the run's name for a number."""
     plain, known = (str, int, float, bool, list, tuple, Run, type(None)), [*FIELDS, "run", "preset", *extra]
+    given = [name for cell in namespace.get("In", ()) if cell.startswith("# Parameters\n") for name in re.findall(r"^(\w+) = ", cell, re.M)]
+    _check_names(given, known)
     def meant(name): return difflib.get_close_matches(name.lower(), known, 1, 0.8 if name.isupper() else 0.6)
-    found = [name for name, value in namespace.items() if isinstance(value, plain) and not name.startswith("_") and name != "In"
+    found = [name for name, value in namespace.items() if name in given or isinstance(value, plain) and not name.startswith("_") and name != "In"
              and (not name.isupper() or meant(name))]  # constants that the notebook imports are in capitals, too
     for name in found:
         if name != name.lower() and meant(name): raise ValueError(f"unknown field {name!r}; did you mean {meant(name)[0]!r}?")
