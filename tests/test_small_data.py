@@ -19,9 +19,10 @@ from PIL import Image
 
 import clipcap.model
 from clipcap.apps.pipeline import summary
-from clipcap.core import Run
+from clipcap.core import Run, open_run
+from clipcap.data import prepare_data
 from clipcap.formats.embeddings import write_embeddings
-from clipcap.formats.readers import random_split
+from clipcap.formats.readers import FEWEST, random_split
 from clipcap.scoring import error_kinds, spice, tokenization
 from clipcap.scoring.spice_files import SpiceFilesMissing
 
@@ -144,7 +145,7 @@ def impossible(captions, seed):
     said = {name: [t for t in texts if t.strip()] for name, texts in captions.items()}
     if not any(said.values()): return "holds no captions"
     split = random_split([name for name, texts in said.items() if texts], seed)
-    if {*split.values()} != {"train", "val", "test"}: return "no image is left for the split"
+    if {*split.values()} != {"train", "val", "test"}: return f"split='random' needs 6 images with captions, and {len(split)} are left; add some"
     return None if any(re.search("[a-zA-Z0-9]", t) for name, part in split.items() if part == "test" for t in said[name]) else "perhaps"
 
 
@@ -190,6 +191,32 @@ def test_twelve_photos_with_few_captions_in_fields_of_puppies(each, writes, phot
     shown, caught = travel({**PLAIN, **write_data(tmp_path/"data", captions, photos)}, WRITES[writes], monkeypatch)
     written = check_run(shown, caught)
     assert written["protocol"]["images"] == 2 and written["corpus"]["cider"] is not None
+
+
+def test_what_is_left_out_and_cut_stands_in_the_stages_tables(cheap, tmp_path):
+    captions = {f"{k}.png": ["a dog runs on the grass ."*(1 + (k == 0)), " "] if k < 9 else [""] for k in range(12)}
+    settings = {**PLAIN, **write_data(tmp_path/"data", captions, False), "max_length": 7, "seed": 0}
+    table = execute("01_data", run="small", **settings)
+    assert any(re.search(r"\| left out: images without a caption +\| 3 ", text) for text in table)
+    assert not any("bad_images" in text.split("01_data", 1)[-1] or "without_split" in text for text in table if "01_data" in text)
+    execute("02_model", run="small")
+    cut = Run("small")
+    shown = execute("03_train", run="small")
+    counted = cut.stage_entry("03_train")["captions_cut"]
+    assert counted["train"]["cut"] and any(f"{counted['train']['cut']} of 7 captions of train are longer than 7 tokens and are cut." in text for text in shown)
+
+
+@pytest.mark.parametrize("photos, text", [(1, "train and val"), (2, "val"), (5, "val"), (0, "")])
+def test_the_message_about_an_empty_split_says_how_many_photos_it_needs(outputs, tmp_path, photos, text):
+    captions = {f"{k}.png": ["a dog"] for k in range(photos or FEWEST)}
+    run, config = open_run("few", **{**PLAIN, **write_data(tmp_path/"data", captions, False)})
+    if not photos: return prepare_data(run, config)
+    with pytest.raises(ValueError, match=f"no image is left for the split {text} of .*: split='random' needs 6 images with captions, and {photos} are left; add some$"):
+        prepare_data(run, config)
+
+
+def test_six_images_are_enough_for_a_random_split():
+    assert [n for n in range(1, 300) if len({*random_split(map(str, range(n)), n).values()}) == 3] == [*range(FEWEST, 300)]
 
 
 @pytest.mark.parametrize("seed", [
