@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import types
 import warnings
 
@@ -23,6 +24,9 @@ from clipcap.core import Run, open_run
 from clipcap.data import prepare_data
 from clipcap.formats.embeddings import write_embeddings
 from clipcap.formats.readers import FEWEST, random_split
+from clipcap.formats.tokenizer import load_tokenizer
+from clipcap.networks.language_models import tiny_language_model
+from clipcap.runs.files import asset_path
 from clipcap.scoring import error_kinds, spice, tokenization
 from clipcap.scoring.spice_files import SpiceFilesMissing
 
@@ -191,6 +195,22 @@ def test_twelve_photos_with_few_captions_in_fields_of_puppies(each, writes, phot
     shown, caught = travel({**PLAIN, **write_data(tmp_path/"data", captions, photos)}, WRITES[writes], monkeypatch)
     written = check_run(shown, caught)
     assert written["protocol"]["images"] == 2 and written["corpus"]["cider"] is not None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_language_model_without_attention_goes_all_the_way(cheap, tmp_path, monkeypatch):
+    captions, lm = {f"{k}.png": ["a dog runs", "one puppy ."] for k in range(12)}, tmp_path/"lm"
+    shutil.copytree(asset_path("mini/gpt2"), lm, ignore=shutil.ignore_patterns("model.safetensors", "generation_config.json", "config.json"))
+    model = tiny_language_model("mamba", len(load_tokenizer("mini")))
+    model.save_pretrained(lm)
+    set_parser(monkeypatch, True)
+    settings = {**PLAIN, **write_data(tmp_path/"data", captions, True), "clip_model": "mini", "gpt2_model": str(lm), "num_heads": 4}
+    shown, caught = travel(settings, WRITES["one word"], monkeypatch)
+    check_run(shown, caught)
+    entry = Run("small").stage_entry("06_attention")
+    assert entry["not_explained"].startswith("gpt2_model neither uses") and entry["photo_maps"] is False
+    assert "No maps of the photos: gpt2_model neither uses" in (Run("small").path/"report.html").read_text("utf-8")
 
 
 def test_what_is_left_out_and_cut_stands_in_the_stages_tables(cheap, tmp_path):
