@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['record_attention', 'Words', 'read_words', 'words_after', 'word_scores', 'rollout', 'Explanation', 'no_photo_maps',
-           'explain', 'model_inputs', 'crop_photo', 'plot_photo_words', 'plot_prefix_words', 'plot_mapping',
-           'read_relevance', 'explain_split', 'word_shares', 'plot_word_shares']
+           'NoAttention', 'explain', 'model_inputs', 'crop_photo', 'plot_photo_words', 'plot_prefix_words',
+           'plot_mapping', 'read_relevance', 'explain_split', 'word_shares', 'plot_word_shares']
 
 # %% ../nbs/06_attention.ipynb #d9e4f08f
 import json
@@ -154,12 +154,16 @@ def no_photo_maps(
     return "" if as_encoder(model.clip).before else "maps begin at a class token, and this image encoder makes its embedding in another way"
 
 
+class NoAttention(ValueError):
+    "A network has no attention, or none that can be recorded."
+
+
 def explain(
     model: ClipCapModel,  # in evaluation mode
     images: torch.Tensor,  # (B, 3, H, W) preprocessed, or (B, clip_dim) or (B, T, clip_dim) embeddings
     captions: list[str],  # B captions, the model's own or any others
 ) -> list[Explanation]:  # B explanations, on the CPU
-    "Explain every word of some captions. Raises `ValueError` for networks whose attention can't be recorded."
+    "Explain every word of some captions. Raises `NoAttention` for networks whose attention can't be recorded."
     if images.ndim == 4 and no_photo_maps(model): images = encode_images(model.clip, images, model.features).clone()
     images, before = images.to(model.device).detach().requires_grad_(), as_encoder(model.clip).before if images.ndim == 4 else 1
     with torch.enable_grad():
@@ -191,7 +195,7 @@ def _check_recorded(images, in_clip, in_gpt2):
     "Raise where a network computed its attention in some other way."
     for part, record in (("clip_model", in_clip), ("gpt2_model", in_gpt2)):
         if not record and not (part == "clip_model" and images.ndim < 4):
-            raise ValueError(f"{part} neither uses PyTorch's scaled_dot_product_attention nor returns its attention, so it can't be explained")
+            raise NoAttention(f"{part} neither uses PyTorch's scaled_dot_product_attention nor returns its attention, so it can't be explained")
 
 # %% ../nbs/06_attention.ipynb #c97336e3
 def _memory_relevance(weights, gradients, before=1):
@@ -357,7 +361,7 @@ def explain_split(
     batch_size: int = 16,  # captions explained at once
     save_every: int = 10,  # batches between two writes
 ) -> dict[str, torch.Tensor]:  # what the file holds
-    "Explain all captions of a split. Raises `FileNotFoundError` for a photo that is no longer here."
+    "Explain all captions of a split; none where `explain` raises `NoAttention`. Raises `FileNotFoundError` for a photo that is no longer here."
     tensors, known = read_relevance(path) if Path(path).is_file() else ({}, {})
     if known.get("key") != key: tensors = {}
     left = [image for image in captions if f"words/{image}" not in tensors]
@@ -366,7 +370,11 @@ def explain_split(
                 "method": "gradient-weighted attention rollout (Chefer et al. 2021) of the word's log-odds"}
     for n, at in enumerate(tqdm(range(0, len(left), batch_size), desc="explaining", unit="batch"), 1):
         images = left[at:at + batch_size]
-        for image, e in zip(images, explain(model, model_inputs(model, data, images), [captions[i] for i in images])):
+        try: explained = explain(model, model_inputs(model, data, images), [captions[i] for i in images])
+        except NoAttention as error:
+            _write_relevance(path, tensors, {**metadata, "reason": str(error)})
+            break
+        for image, e in zip(images, explained):
             tensors[f"words/{image}"] = e.shares.half()
             if e.photo is not None: tensors[f"photo/{image}"] = (e.photo/(e.photo.max().clamp(min=1e-30) if e.words else 1)).half()
         if n % save_every == 0 or at + batch_size >= len(left): _write_relevance(path, tensors, metadata)
@@ -398,7 +406,7 @@ def word_shares(
     "Average how much each word rests on the photo, and not on the words before it."
     import pandas as pd
     rows = [(word.lower(), float(share)) for image, caption in captions.items()
-            for word, share in zip(caption.split()[1:], tensors[f"words/{image}"][1:, 0])]  # the first has no other
+            for word, share in zip(caption.split()[1:], tensors.get(f"words/{image}", torch.zeros(0, 1))[1:, 0])]  # the first has no other
     table = pd.DataFrame(rows, columns=["word", "photo"]).groupby("word").photo.agg(times="size", photo="mean")
     return table[table.times >= at_least].sort_values("photo", ascending=False, kind="stable")
 

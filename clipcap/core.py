@@ -14,6 +14,7 @@ import difflib
 import math
 import os
 import random
+import re
 import socket
 import time
 import typing
@@ -233,12 +234,12 @@ def preset_changes(
     return {name: value for name, value in dataclasses.asdict(PRESETS[preset]).items() if value != getattr(other, name)}
 
 
-def _check_names(names):
-    "Raise `ValueError` for the first name that is no setting."
+def _check_names(names, known=FIELDS):
+    "Raise `ValueError` for the first name that is not known."
     for name in names:
-        if name in FIELDS: continue
-        close = difflib.get_close_matches(name, FIELDS, 1)
-        raise ValueError(f"unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else f"; fields are {[*FIELDS]}"))
+        if name in known: continue
+        close = difflib.get_close_matches(name.lower(), known, 1)
+        raise ValueError(f"unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else f"; fields are {[*known]}"))
 
 
 def make_config(
@@ -398,21 +399,28 @@ def _stage(run, stage, config, needs=()):
 
 @contextmanager
 def _recorded(run, stage, config, needs):
-    "Write the stage's part of `run.json`, at its start and at its end."
-    run.update(config=dataclasses.asdict(config), seed=config.seed)
-    stages = run.manifest.get("stages", {})
+    "Write the stage's part of `run.json`, at its start and at its end; put back what stood there where the stage is refused, and changed nothing."
+    before, files = run.manifest, _stamps(run, stage)
+    stages = before.get("stages", {})
     built_on = {s: stages[s]["started"] for s in needs}
     entry = {"started": _now(), "built_on": built_on, "config": stage_config(config, stage),
              "process": f"{os.getpid()} on {socket.gethostname()}"}
-    run.update(stages={**stages, stage: {**entry, **environment()}})
+    run.update(config=dataclasses.asdict(config), seed=config.seed, stages={**stages, stage: {**entry, **environment()}})
     clock, notes = time.monotonic(), {}
     try:
         yield notes
         run.update_stage(stage, **notes, **_made(run, stage, notes, stages.get(stage, {})), finished=_now(), seconds=round(time.monotonic() - clock, 1))
     except BaseException as error:
         with suppress(OSError):  # full disk: `run.json` stays as it was, with a stage that began and did not end
-            run.update_stage(stage, **notes, error=f"{type(error).__name__}: {error}")
+            refused = isinstance(error, (OSError, TypeError, ValueError)) and files == _stamps(run, stage)
+            if refused and "finished" in stages.get(stage, {}): run.update(**{key: before[key] for key in ("config", "seed", "stages") if key in before})
+            else: run.update_stage(stage, **notes, error=f"{type(error).__name__}: {error}")
         raise
+
+
+def _stamps(run, stage):
+    "Map each file that a stage has made to its size and time."
+    return {name: (found.st_size, found.st_mtime_ns) for name in made_files(run.path, stage, "*") for found in [(run.path/name).stat()]}
 
 # %% ../nbs/00_core.ipynb #54bcf4b3
 def check_preset(
@@ -450,10 +458,13 @@ def notebook_parameters(
 ) -> dict:  # name -> value, for `open_run`
     """Collect the parameters of a notebook: the plain variables of its `parameters` cell, and papermill's.
 
-    Raises `ValueError` for a name with capital letters that resembles a parameter, `TypeError` where papermill took the run's name for a number."""
+    Raises `ValueError` for an unknown name of papermill's, or one with capital letters that resembles a parameter; `TypeError` where papermill
+    took the run's name for a number."""
     plain, known = (str, int, float, bool, list, tuple, Run, type(None)), [*FIELDS, "run", "preset", *extra]
+    given = [name for cell in namespace.get("In", ()) if cell.startswith("# Parameters\n") for name in re.findall(r"^(\w+) = ", cell, re.M)]
+    _check_names(given, known)
     def meant(name): return difflib.get_close_matches(name.lower(), known, 1, 0.8 if name.isupper() else 0.6)
-    found = [name for name, value in namespace.items() if isinstance(value, plain) and not name.startswith("_") and name != "In"
+    found = [name for name, value in namespace.items() if name in given or isinstance(value, plain) and not name.startswith("_") and name != "In"
              and (not name.isupper() or meant(name))]  # constants that the notebook imports are in capitals, too
     for name in found:
         if name != name.lower() and meant(name): raise ValueError(f"unknown field {name!r}; did you mean {meant(name)[0]!r}?")

@@ -33,7 +33,7 @@ from .formats.download import download, unpack
 from .formats.embeddings import Embeddings, data_hash, read_metadata, write_embeddings
 from .formats.origin import source_hashes
 from .formats.photos import READING, read_photo
-from .formats.readers import (SPLITS, Photos, as_photos, check_official, find_layout, find_source, random_split,
+from .formats.readers import (FEWEST, SPLITS, Photos, as_photos, check_official, find_layout, find_source, random_split,
                                      read_table)
 from .formats.tokenizer import enclose, token_ids
 from .networks.packing import exact_float32
@@ -383,8 +383,7 @@ def prepare_data(
     if config.split == "random": table = table.assign(split=table.image.map(random_split(table.image, config.seed)))
     notes["without_split"] = table[table.split.isna()].image.nunique()
     table = table.dropna(subset=["split"]).reset_index(drop=True)
-    empty = [part for part in SPLITS if part not in set(table.split)]
-    if empty: raise ValueError(f"no image is left for the split {empty} of {source.root}, {source}")
+    _check_parts(table, config.split, source)
     table = _add_subsets(table, source)
     with atomic_path(run.path/"captions_table.csv") as temporary:
         table.to_csv(temporary, index=False)
@@ -393,6 +392,14 @@ def prepare_data(
     return {**notes, "encoder": known.encoder, "embedding_dim": known.dim,
             "images": table.groupby("split").image.nunique().to_dict(), "captions": len(table),
             "data_hash": data_hash(run.path/"captions_table.csv", known)}
+
+# %% ../nbs/01_data.ipynb #ffef8f3c
+def _check_parts(table, split, source):
+    "Raise `ValueError` where a part of the split has no image."
+    empty = [part for part in SPLITS if part not in set(table.split)]
+    fix = (f"split='random' needs {FEWEST} images with captions, and {table.image.nunique()} are left; add some" if split == "random" else
+           "its images have no embedding, or can't be read; put them right, or use split='random'")
+    if empty: raise ValueError(f"no image is left for the split {' and '.join(empty)} of {source.root}, {source}: {fix}")
 
 
 def _add_subsets(table, source):

@@ -29,6 +29,7 @@ from .runs.files import atomic_path, save_figure, write_json
 from .scoring.clipscore import CLIP_COLUMNS, clip_scores, text_encoder
 from .scoring.diversity import diversity
 from .scoring.metrics import MEANS, METRICS, Scores, as_scores, attempt, intervals, score
+from .scoring.neighbours import LANDMARKS
 from .scoring.tokenization import tokenize
 
 # %% ../nbs/04_evaluate.ipynb #ffa81f4f
@@ -133,7 +134,9 @@ def nan_to_none(
 # %% ../nbs/04_evaluate.ipynb #9c6b2d8f
 def _protocol(run, config, epoch, scores, precision, resamples):
     "Describe how captions were written and scored."
-    return {**scores.protocol, **decoding_protocol(config), "max_length": config.max_length, "precision": precision,
+    train = run.stage_entry("01_data")["images"]["train"]
+    drawn = {"regression": f"in the span of {LANDMARKS} of {train} training images, drawn at random"} if config.rerank == "regression" and train > LANDMARKS else {}
+    return {**scores.protocol, **decoding_protocol(config), **drawn, "max_length": config.max_length, "precision": precision,
             "checkpoint": " + ".join(p.name for p in checkpoint_paths(run, epoch)), "preset": run.manifest["preset"],
             "seed": config.seed, "data_hash": run.stage_entry("01_data")["data_hash"][:12],
             "interval": f"95% of {resamples} bootstrap samples of the images"}

@@ -183,6 +183,13 @@ def stop_id(self: ClipCapModel) -> int:
     return self.tokenizer.eos_token_id if self.stop is None else self.tokenizer.encode(self.stop, add_special_tokens=False)[0]
 
 
+def _check_search(temperature=0., **numbers):
+    "Raise `ValueError` for a number of beams or tokens, or a temperature, that is not possible."
+    for name, value in numbers.items():
+        if not hasattr(value, "__index__") or value < 1: raise ValueError(f"{name}={value!r:.40} must be a whole number, 1 or more")
+    if not temperature >= 0: raise ValueError(f"temperature={temperature} must be 0 or more")
+
+
 @torch.inference_mode()
 def generate_ids(
     embeddings: torch.Tensor,  # (B, clip_dim) or (B, T, clip_dim)
@@ -196,8 +203,9 @@ def generate_ids(
     **options,  # others of transformers' `generate`
 ) -> torch.Tensor:  # (B*R, T) token ids, padded with `[PAD]`
     """Continue each image's prefix: by our beam search where that can (`can_search`), else by transformers' `generate`, with the same ids;
-    beams of a model with `stop` by `mean_beam_search`."""
+    beams of a model with `stop` by `mean_beam_search`. Raises `ValueError` naming what is not possible."""
     if model.stop and start_token == "given": raise ValueError(f"start_token='given': captions that end at {model.stop!r} have no start token; leave it out")
+    _check_search(temperature, max_length=max_length, num_beams=num_beams, num_return_sequences=num_return_sequences)
     was_training, rows = model.training, max(num_beams, num_return_sequences)
     model.eval()
     prefix = model.prefix(embeddings.to(model.device)).to(model.gpt2.dtype)  # (B, P, d)
@@ -282,13 +290,6 @@ def ids_to_text(
 ) -> list[str]:  # B captions
     "Turn token ids into text without special tokens, with single spaces."
     return [" ".join(text.split()) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-
-def _check_search(temperature=0., **numbers):
-    "Raise `ValueError` for a number of beams or tokens, or a temperature, that is not possible."
-    for name, value in numbers.items():
-        if not hasattr(value, "__index__") or value < 1: raise ValueError(f"{name}={value!r:.40} must be a whole number, 1 or more")
-    if not temperature >= 0: raise ValueError(f"temperature={temperature} must be 0 or more")
 
 
 def generate_from_embeddings(

@@ -1,6 +1,7 @@
 """What each word rests on: recorded attention, relevance, explanations of a split (clipcap.attention)."""
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from clipcap import attention as module
-from clipcap.attention import (_attention_weights, _memory_relevance, _write_relevance, crop_photo, explain, explain_split, model_inputs,
+from clipcap.attention import (NoAttention, _attention_weights, _memory_relevance, _write_relevance, crop_photo, explain, explain_split, model_inputs,
                                plot_mapping, plot_photo_words, plot_prefix_words, plot_word_shares, read_relevance, read_words,
                                record_attention, rollout, word_scores, word_shares, words_after)
 from clipcap.core import make_config, open_run
@@ -21,6 +22,7 @@ from clipcap.decoding.load import load_run
 from clipcap.model import ClipCapModel, GridMapping, load_model
 from clipcap.networks.language_models import choose_loss, tiny_language_model
 from clipcap.networks.mapping import LinearMapping
+from clipcap.report import pack_relevance
 
 CAPTIONS = ["A dog runs .", "Unbelievable", ""]
 SDPA = F.scaled_dot_product_attention
@@ -221,7 +223,18 @@ def test_language_models_that_return_their_attention_are_explained(captioner, ki
 
 
 def test_a_model_without_attention_is_named(captioner):
-    with pytest.raises(ValueError, match="gpt2_model neither uses .* nor returns its attention"): explain(of_kind(captioner, "mamba"), torch.randn(1, 7), ["A dog"])
+    with pytest.raises(NoAttention, match="gpt2_model neither uses .* nor returns its attention"): explain(of_kind(captioner, "mamba"), torch.randn(1, 7), ["A dog"])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["mamba", pytest.param("mamba2", marks=pytest.mark.slow)])
+def test_split_of_a_language_model_without_attention_is_left_out_with_the_reason(captioner, tmp_path, kind):
+    captions, path = {"a": "A dog", "b": ""}, tmp_path/"relevance_test.safetensors"
+    data = SimpleNamespace(embeddings=SimpleNamespace(stack=lambda names: torch.randn(len(names), 7)))
+    for _ in range(2): assert explain_split(of_kind(captioner, kind), data, captions, path, "key") == {}
+    packed, about = pack_relevance(path, captions)
+    assert packed == [None, None] and about["reason"].startswith("gpt2_model neither uses PyTorch's scaled_dot_product_attention")
+    assert word_shares({}, captions, 1).empty
 
 
 # --- pictures

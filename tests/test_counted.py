@@ -1,5 +1,6 @@
 """What is lost is counted (issue 23, kind 4): shard members, photos of other kinds, captions that are cut, parameters, rows without captions."""
 import io
+import json
 import random
 import string
 import tarfile
@@ -239,6 +240,28 @@ def test_setting_in_any_other_case_is_refused(outputs, seed):
     for setting in draw.sample(sorted(FIELDS), 8):
         name = "".join(c.upper() if draw.random() < 0.5 else c for c in setting[:-1]) + setting[-1].upper()
         with fails(f"unknown field {name!r}; did you mean {setting!r}?"): open_run(**notebook_parameters({"run": "r", "preset": "mini", name: 1}))
+
+
+@pytest.mark.parametrize("name, value, text", [("FOO", 7, "fields are ['data_root'"), ("N", [1], "fields are ['data_root'"), ("EVALSPLIT", "val", "did you mean 'eval_split'?"),
+                                               ("numbeam", {"a": 1}, "did you mean 'num_beams'?"), ("_hidden", None, "fields are"), ("json", 5, "fields are")])
+def test_unknown_parameter_of_papermill_is_refused_whatever_its_name_and_value(name, value, text):
+    imported = {"STAGES": (1, 2), "FLICKR8K_URL": "https://", "json": json, "run": "r", "preset": "mini", "eval_split": "test"}
+    notebook_parameters({**imported, "In": ["", "import json", "# Parameters\nrun = \"r\"\neval_split = \"val\"\n"]}, ("eval_split",))
+    with fails(f"unknown field {name!r}; {text}"):
+        notebook_parameters({**imported, name: value, "In": ["", f"# Parameters\nrun = \"r\"\n{name} = {value!r}\n"]}, ("eval_split",))
+
+
+@pytest.mark.slow
+def test_unknown_parameter_ends_a_notebook_of_papermill(tmp_path):
+    import nbformat
+    import papermill
+    cells = ["from clipcap.core import STAGES, notebook_parameters", "run = 'r'\nseed = None", "found = notebook_parameters(globals())"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells], metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}})
+    notebook.cells[1].metadata.tags = ["parameters"]
+    nbformat.write(notebook, tmp_path/"in.ipynb")
+    def execute(**parameters): papermill.execute_notebook(str(tmp_path/"in.ipynb"), str(tmp_path/"out.ipynb"), parameters, progress_bar=False)
+    execute(seed=7, run="night")
+    with pytest.raises(Exception, match="unknown field 'FOO'; fields are"): execute(seed=7, FOO=7)
 
 
 @pytest.mark.parametrize("run", [42, 7.5, True])

@@ -205,6 +205,27 @@ def test_a_state_dict_that_does_not_say_its_activation_is_refused(tmp_path):
     with pytest.raises(ValueError, match="open.pt.* does not say .*QuickGELU.*open_clip_config.json"): load_clip(open_clip(tmp_path, random_vit().state_dict(), ""))
 
 
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("kind", ["GELU", "QuickGELU", "heads", "ResNet"])
+def test_what_the_refusal_asks_for_is_enough(tmp_path, kind, suffix):
+    "The configuration in the message, copied to where it says, loads the file."
+    model = CLIP(32, 64, (1, 1, 1, 1), 16, None, **{**TEXT, "transformer_heads": 1}).eval() if kind == "ResNet" else random_vit()
+    if kind in ("GELU", "heads"): model = with_gelu(model, **({"heads": 4} if kind == "heads" else {}))
+    path = tmp_path/f"open.{suffix}"
+    save_file(model.state_dict(), path) if suffix == "safetensors" else torch.save(model.state_dict(), path)
+    with pytest.raises(ValueError) as error: load_clip(str(path))
+    asked = re.search(r"write this into (\S+) beside it: (\{.*\}), with quick_gelu false for GELU", str(error.value))
+    config = json.loads(asked[2])
+    assert {*config["vision_cfg"]} >= {"image_size", "width", "head_width"} and config["text_cfg"] == {"width": 64, "layers": 1, "context_length": 8, "vocab_size": 20, "heads": 1}
+    config["quick_gelu"] = kind in ("QuickGELU", "ResNet")
+    if kind == "heads": config["vision_cfg"]["head_width"] = 16
+    (tmp_path/asked[1]).write_text(json.dumps(config))
+    assert_same_clip(load_clip(str(path))[0], model)
+    for part, key in (("vision_cfg", "image_size"), ("text_cfg", "context_length"), ("text_cfg", "vocab_size")):
+        (tmp_path/asked[1]).write_text(json.dumps({**config, part: {**config[part], key: 9}}))
+        with pytest.raises(ValueError, match=f"{part}.{key} is 9, and the weights have"): load_clip(str(path))
+
+
 def test_the_activation_is_part_of_the_encoders_name(tmp_path):
     vit = random_vit()
     names = [load_clip(open_clip(tmp_path, vit.state_dict(), quick_gelu=quick))[2] for quick in (True, False)]

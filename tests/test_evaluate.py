@@ -2,6 +2,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -255,3 +256,11 @@ def test_a_figure_is_kept_and_shown_unless_it_must_not_be(tmp_path, monkeypatch,
     monkeypatch.setattr(plt, "show", lambda: calls.append(plt.gcf()))
     keep_figure(plt.figure(), Run("r", tmp_path), "empty", **options)
     assert len(calls) == shown and (tmp_path/"r/figures/empty.png").is_file()
+
+
+@pytest.mark.parametrize("rerank, landmarks, said", [("regression", 47, "in the span of 47 of 48 training images, drawn at random"), ("regression", 48, None), ("consensus", 10, None)])
+def test_protocol_names_a_regression_on_some_of_the_training_images(trained, monkeypatch, rerank, landmarks, said):
+    run, config = trained
+    monkeypatch.setattr(module, "LANDMARKS", landmarks)
+    protocol = module._protocol(run, replace(config, rerank=rerank), "last", SimpleNamespace(protocol={}), "float32", 10)
+    assert protocol.get("regression") == said and protocol["rerank"] == rerank

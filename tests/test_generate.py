@@ -197,3 +197,8 @@ def test_model_that_needs_patches_gets_patches(seen, clip_mini, gpt2, tokenizer)
     model = ClipCapModel(gpt2, tokenizer, GridMapping(16, 32, num_layers=1, num_heads=1), clip, preprocess)
     pictures = [Image.linear_gradient("L"), Image.linear_gradient("L").rotate(90)]
     torch.testing.assert_close(generate_caption_batch(pictures, model), encode_grid(clip, torch.stack([*map(preprocess, pictures)])), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name in ("num_beams", "max_length", "num_return_sequences") for value in (0, -1, 2.5, None)] + [("temperature", -1)])
+def test_ids_of_an_impossible_search_are_not_written(speaker, name, value):
+    with pytest.raises(ValueError, match=f"{name}={value} must be "): generate_ids(FEW, speaker, **{name: value})

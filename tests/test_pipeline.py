@@ -166,6 +166,18 @@ def test_photos_beside_a_captions_file_are_inputs(tmp_path, outputs):
     assert inputs() != before
 
 
+@pytest.mark.parametrize("name", ["weights.json", "open_clip_config.json"])
+def test_configuration_beside_a_clip_is_an_input(tmp_path, outputs, name):
+    (tmp_path/"weights.pt").write_bytes(b"weights")
+    def inputs(): return depends_on("01_data", make_config("mini", clip_model=str(tmp_path/"weights.pt")), ROOT/"nbs")["inputs"]
+    found = [inputs()]
+    for text in ('{"quick_gelu": true}', '{"quick_gelu": false}'):
+        (tmp_path/name).write_text(text)
+        found.append(inputs())
+    (tmp_path/name).unlink(), (tmp_path/"other.json").touch()
+    assert len({*found}) == 3 and inputs() == found[0]
+
+
 def test_checkpoints_of_an_ensemble_are_inputs_of_what_decodes(tmp_path, outputs):
     def inputs(): return [depends_on(stage, make_config("mini", ensemble="other"), ROOT/"nbs")["inputs"] for stage in STAGES]
     before = inputs()

@@ -61,4 +61,4 @@ def test_a_process_alone(monkeypatch):
     alone = start_accelerator("cpu")
     assert (alone.num_processes, alone.is_main_process, sum_over_processes(0.1, 3)) == (1, True, [0.1, 3])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match=r"2 processes were started \(WORLD_SIZE\), and this one finds 1"): start_accelerator("cpu")
+    with pytest.raises(ConnectionError, match=r"2 processes were started \(WORLD_SIZE\), and this one finds 1"): start_accelerator("cpu")

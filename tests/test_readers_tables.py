@@ -69,7 +69,10 @@ def test_photos_with_a_txt_of_their_name_are_read():
     ("captions.csv", 'filename,caption_1,caption_2\na.jpg,A dog,"Two, dogs"\n'),
     ("captions.csv", 'filename,caption,caption\na.jpg,A dog,"Two, dogs"\n'),
     ("captions.csv", "image,caption\na.jpg,A dog\na.jpg,Two, dogs\n"),  # a comma without quotes
-    ("captions.jsonl", '{"image": "a.jpg", "caption": "A dog"}\n{"image": "a.jpg", "caption": "Two, dogs"}\n')], ids=range(12))
+    ("captions.csv", "image_id,caption\na.jpg,A dog\na.jpg,Two, dogs\n"),
+    ("captions.tsv", "Image ID\tid\tcaption\na.jpg\t1\tA dog\na.jpg\t2\tTwo, dogs\n"),
+    ("captions.csv", "image_id,id,caption,file_name\n7,1,A dog,a.jpg\n7,2,\"Two, dogs\",a.jpg\n"),  # the file's name, not its number
+    ("captions.jsonl", '{"image": "a.jpg", "caption": "A dog"}\n{"image": "a.jpg", "caption": "Two, dogs"}\n')], ids=range(15))
 def test_tables_with_other_columns_are_read(name, content, tmp_path):
     assert read_files({name: content})[0] == [("a.jpg", "A dog", None), ("a.jpg", "Two, dogs", None)]
     (tmp_path/name).write_text(content)

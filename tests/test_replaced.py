@@ -80,13 +80,15 @@ def test_after_the_pipeline_has_trained_anew_it_is_done(world):
 
 
 def test_a_refused_attempt_leaves_the_run_as_it_was(world):
-    "Another language model was asked for and refused; the settings in `run.json` are not those of the weights."
+    "What was refused changed nothing: the settings in `run.json` are those of the weights."
     folder = world()
     shutil.copytree(folder/"lm", folder/"other"), edit_weights(folder/"other/model.safetensors")
-    with pytest.raises(ValueError, match="gpt2_model was 'lm', is 'other'"): train_stage("r", gpt2_model="other")
-    with pytest.raises(ValueError, match="gpt2_model was 'lm', is 'other'"): load_run("r")
-    train_stage("r", gpt2_model="lm")
-    load_run("r")
+    before = Run("r").manifest
+    for changes, text in (({"gpt2_model": "other"}, "gpt2_model was 'lm', is 'other'"), ({"gpt2_model": "none"}, "gpt2_model='none'"),
+                          ({"learning_rate": 0.5}, "learning_rate was 0.001, is 0.5"), ({"seed": 7}, "seed=7, but 01_data"), ({"num_heads": 3}, "num_heads was 4, is 3")):
+        with pytest.raises((OSError, ValueError), match=text): train_stage("r", **changes)
+        assert Run("r").manifest == before
+        load_run("r")
 
 
 def test_embeddings_that_01_data_did_not_see_are_not_trained_on(world):

@@ -148,6 +148,31 @@ def test_failed_stage_is_not_finished_and_says_why(tmp_path, config):
     assert "finished" not in run.stage_entry("03_train")
 
 
+def test_refused_stage_that_changed_nothing_leaves_its_entry(tmp_path, config):
+    run, other = Run("example", tmp_path), make_config("mini", num_beams=1)
+    with run.stage("04_evaluate", config) as notes:
+        write_json(run.path/"captions_val.json", "a dog")
+        notes["eval_split"] = "val"
+    before = run.manifest
+    for error in (ValueError("another recipe"), FileNotFoundError("no weights"), TypeError("no number")):
+        with pytest.raises(type(error)): begin(run, "04_evaluate", other, error=error)
+        assert run.manifest == before
+    for error in (FloatingPointError("not finite"), KeyboardInterrupt("SIGTERM")):
+        with pytest.raises(type(error)): begin(run, "04_evaluate", other, error=error)
+        assert run.stage_entry("04_evaluate")["error"] == f"{type(error).__name__}: {error}"
+    with pytest.raises(ValueError): begin(run, "04_evaluate", config, error=ValueError("again"))
+    assert run.stage_entry("04_evaluate")["error"] == "ValueError: again"  # the attempt before it failed, too
+
+
+def test_refused_stage_that_changed_a_file_is_not_finished(tmp_path, config):
+    run = Run("example", tmp_path)
+    begin(run, "04_evaluate", config)
+    with pytest.raises(ValueError), run.stage("04_evaluate", config):
+        write_json(run.path/"captions_val.json", "a cat")
+        raise ValueError("no score")
+    assert "finished" not in run.stage_entry("04_evaluate")
+
+
 def test_hashes_of_made_files(tmp_path, config):
     run = Run("example", tmp_path)
     def evaluate(split, text):

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import types
 import warnings
 
@@ -19,9 +20,13 @@ from PIL import Image
 
 import clipcap.model
 from clipcap.apps.pipeline import summary
-from clipcap.core import Run
+from clipcap.core import Run, open_run
+from clipcap.data import prepare_data
 from clipcap.formats.embeddings import write_embeddings
-from clipcap.formats.readers import random_split
+from clipcap.formats.readers import FEWEST, random_split
+from clipcap.formats.tokenizer import load_tokenizer
+from clipcap.networks.language_models import tiny_language_model
+from clipcap.runs.files import asset_path
 from clipcap.scoring import error_kinds, spice, tokenization
 from clipcap.scoring.spice_files import SpiceFilesMissing
 
@@ -144,7 +149,7 @@ def impossible(captions, seed):
     said = {name: [t for t in texts if t.strip()] for name, texts in captions.items()}
     if not any(said.values()): return "holds no captions"
     split = random_split([name for name, texts in said.items() if texts], seed)
-    if {*split.values()} != {"train", "val", "test"}: return "no image is left for the split"
+    if {*split.values()} != {"train", "val", "test"}: return f"split='random' needs 6 images with captions, and {len(split)} are left; add some"
     return None if any(re.search("[a-zA-Z0-9]", t) for name, part in split.items() if part == "test" for t in said[name]) else "perhaps"
 
 
@@ -190,6 +195,48 @@ def test_twelve_photos_with_few_captions_in_fields_of_puppies(each, writes, phot
     shown, caught = travel({**PLAIN, **write_data(tmp_path/"data", captions, photos)}, WRITES[writes], monkeypatch)
     written = check_run(shown, caught)
     assert written["protocol"]["images"] == 2 and written["corpus"]["cider"] is not None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_language_model_without_attention_goes_all_the_way(cheap, tmp_path, monkeypatch):
+    captions, lm = {f"{k}.png": ["a dog runs", "one puppy ."] for k in range(12)}, tmp_path/"lm"
+    shutil.copytree(asset_path("mini/gpt2"), lm, ignore=shutil.ignore_patterns("model.safetensors", "generation_config.json", "config.json"))
+    model = tiny_language_model("mamba", len(load_tokenizer("mini")))
+    model.save_pretrained(lm)
+    set_parser(monkeypatch, True)
+    settings = {**PLAIN, **write_data(tmp_path/"data", captions, True), "clip_model": "mini", "gpt2_model": str(lm), "num_heads": 4}
+    shown, caught = travel(settings, WRITES["one word"], monkeypatch)
+    check_run(shown, caught)
+    entry = Run("small").stage_entry("06_attention")
+    assert entry["not_explained"].startswith("gpt2_model neither uses") and entry["photo_maps"] is False
+    assert "No maps of the photos: gpt2_model neither uses" in (Run("small").path/"report.html").read_text("utf-8")
+
+
+def test_what_is_left_out_and_cut_stands_in_the_stages_tables(cheap, tmp_path):
+    captions = {f"{k}.png": ["a dog runs on the grass ."*(1 + (k == 0)), " "] if k < 9 else [""] for k in range(12)}
+    settings = {**PLAIN, **write_data(tmp_path/"data", captions, False), "max_length": 7, "seed": 0}
+    table = execute("01_data", run="small", **settings)
+    assert any(re.search(r"\| left out: images without a caption +\| 3 ", text) for text in table)
+    assert not any("bad_images" in text.split("01_data", 1)[-1] or "without_split" in text for text in table if "01_data" in text)
+    execute("02_model", run="small")
+    cut = Run("small")
+    shown = execute("03_train", run="small")
+    counted = cut.stage_entry("03_train")["captions_cut"]
+    assert counted["train"]["cut"] and any(f"{counted['train']['cut']} of 7 captions of train are longer than 7 tokens and are cut." in text for text in shown)
+
+
+@pytest.mark.parametrize("photos, text", [(1, "train and val"), (2, "val"), (5, "val"), (0, "")])
+def test_the_message_about_an_empty_split_says_how_many_photos_it_needs(outputs, tmp_path, photos, text):
+    captions = {f"{k}.png": ["a dog"] for k in range(photos or FEWEST)}
+    run, config = open_run("few", **{**PLAIN, **write_data(tmp_path/"data", captions, False)})
+    if not photos: return prepare_data(run, config)
+    with pytest.raises(ValueError, match=f"no image is left for the split {text} of .*: split='random' needs 6 images with captions, and {photos} are left; add some$"):
+        prepare_data(run, config)
+
+
+def test_six_images_are_enough_for_a_random_split():
+    assert [n for n in range(1, 300) if len({*random_split(map(str, range(n)), n).values()}) == 3] == [*range(FEWEST, 300)]
 
 
 @pytest.mark.parametrize("seed", [

@@ -234,6 +234,13 @@ def test_command_prints_a_line_per_epoch_and_names_mistakes(tiny, capsys):
     with pytest.raises(SystemExit, match="clipcap.train: unknown field 'epoch'; did you mean 'epochs'"): main(["epoch=2"], run="made")
 
 
+def test_command_that_does_not_find_the_other_processes_ends_in_one_line(outputs, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="^clipcap.train: 2 processes were started .WORLD_SIZE.*; use torchrun with one process a GPU, or device=cpu$"):
+        main(["device=cpu"], run="new")
+    assert not outputs.exists()
+
+
 def test_the_stage_records_epochs_and_the_last_validation_loss(tiny):
     run, config = tiny(epochs=3, num_layers=1)
     metrics = train_stage(run.name)

@@ -160,7 +160,7 @@ def caption(
     run: str = "demo",  # Name of a trained run
     model: str = "",  # Folder of Captioner.save_pretrained, or its name on the hub, in place of the run
     out: str = "",  # Captions file (JSON Lines), resumed where it was begun; standard output if empty; with --cluster a folder
-    epoch: str = "",  # Checkpoint: a number, or best; the last if empty
+    epoch: str = "",  # Checkpoint: the number of an epoch (the first is 1; 0 is refused), or last, best, average; the run's own if empty
     num_beams: int = None,  # 1 is greedy; the run's own if not given
     batch_size: int = 32,  # Photos captioned at once; changes speed and memory, and sampled captions
     device: str = "auto",  # auto, cpu, cuda or mps

@@ -21,6 +21,7 @@ from fastcore.script import Param, call_parse
 from ..core import (ENCODERS, MAPPING_NETWORKS, RERANKERS, STAGES, Config, Run, check_preset, make_config,
                           parse_changes, stage_config)
 from ..decoding.recorded import DATA, other_code, prepared_hashes, recipe_changes
+from ..formats.clip_files import configuration_places
 from ..formats.readers import find_source
 from ..networks.encoders import encoder_place
 from ..runs.extras import MissingExtra, check_extra
@@ -118,6 +119,7 @@ def depends_on(
     if resolve_path(root).is_file(): root = str(find_source(root).root)  # its photos count, too
     named = (root, config.embeddings, config.clip_model, config.gpt2_model)
     inputs = [_listing(asset_path("mini") if name == "mini" else encoder_place(name)[1]) for name in named if name]
+    if resolve_path(config.clip_model).is_file(): inputs += [_listing(path) for path in configuration_places(resolve_path(config.clip_model)) if path.is_file()]
     settings = stage_config(config, stage)
     inputs += [_listing(outputs_dir()/name/"checkpoints") for name in settings.get("ensemble", "").split()]
     return {"config": settings, "code": stage_code(stage, config, notebooks, package or asset_path("..")), "inputs": short_hash(inputs)}

@@ -194,7 +194,7 @@ def kept(ground: Ground, stage: str, outputs: Path, run: str = "demo") -> str:
     return "all earlier stages" + (f"; {', '.join(sorted(own))}" if own else "")
 
 # %% ../../nbs/checks/faults.ipynb #14d38309
-AT = {"01_data": ("captions_table.csv", 1), "02_model": ("run.json", 3), "03_train": ("last.pt", 2), "finetune/scst": ("scst.pt", 2),
+AT = {"01_data": ("captions_table.csv", 1), "02_model": ("run.json", 2), "03_train": ("last.pt", 2), "finetune/scst": ("scst.pt", 2),
       "04_evaluate": ("scores_test.csv", 1), "05_error_analysis": ("controls_test.csv", 1), "06_attention": ("relevance_test.safetensors", 1),
       "07_report": ("report.html", 1)}  # stage -> file, and which time that it is written
 

@@ -30,9 +30,9 @@ FORMS = ('expected captions as a list of image_id and caption (COCO\'s results),
 def columns_of(
     row: dict,  # of JSON
 ) -> tuple[str | None, list[str]]:  # key of the image, keys of captions; None and [] where there are none
-    "Find the keys of a row that matter: those of a table that training reads, and COCO's ids."
+    "Find the keys of a row that matter: those of a table that training reads, or an id."
     image, captions = find_columns([key for key in row if isinstance(key, str)])
-    return image or next((key for key in ("image_id", "id") if key in row), None), captions
+    return image or ("id" if "id" in row else None), captions
 
 
 def read_value(

@@ -70,7 +70,7 @@ def read_csv(
 
 # %% ../../nbs/formats/tables.ipynb #dbce1883
 _IMAGE_COLUMNS = ("image", "image_name", "file_name", "filename", "image_path", "image_file", "filepath", "file_path", "path", "file", "img", "img_name",
-                  "img_path", "photo")
+                  "img_path", "photo", "image_id")
 CAPTION_COLUMNS = ("caption", "captions", "sentences", "text", "texts", "sentence", "comment", "comments", "title", "description", "raw", "alt_text")
 LONGEST_CAPTION = 10_000  # characters; longer texts are articles, and the time of the metrics grows with the square
 _NUMBERED = re.compile(rf"(?:{'|'.join(CAPTION_COLUMNS)})_?\d+")

@@ -91,15 +91,15 @@ def start_accelerator(
     device: str = "auto",  # as in `Config`
     **more,  # of `Accelerator`
 ) -> Accelerator:  # alone, or one of as many as torchrun started
-    "Join the processes that torchrun started. Raises `RuntimeError` if this process does not find the others."
+    "Join the processes that torchrun started. Raises `ConnectionError` if this process does not find the others."
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # its successor is not in all versions
     accelerator = Accelerator(cpu=pick_device(device) == "cpu", **more, kwargs_handlers=[
         DistributedDataParallelKwargs(broadcast_buffers=False),  # all have the same from the start
         InitProcessGroupKwargs(timeout=timedelta(hours=6))])  # others wait while one prepares the data; a dead process ends all at once
     started = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != started:  # each would train, and write, for itself
-        raise RuntimeError(f"{started} processes were started (WORLD_SIZE), and this one finds {accelerator.num_processes} on "
-                           f"device={device!r}; use torchrun with one process a GPU, or device=cpu")
+        raise ConnectionError(f"{started} processes were started (WORLD_SIZE), and this one finds {accelerator.num_processes} on "
+                              f"device={device!r}; use torchrun with one process a GPU, or device=cpu")
     return accelerator
 
 

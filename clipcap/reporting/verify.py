@@ -160,9 +160,9 @@ def check_training(
     lines, entry = read_metrics(run.path), finished(run).get("03_train", {})
     own, cider = [m for m in lines if "reward" not in m], [m for m in lines if "reward" in m]
     rows = [check("numbers", "epochs", entry["epochs"], len(own))] if "epochs" in entry else []
-    if "final_val_loss" in entry: rows.append(check("numbers", "final_val_loss", entry["final_val_loss"], own[-1]["val_loss"] if own else None))
+    if "final_val_loss" in entry: rows.append(check("numbers", "final_val_loss", entry["final_val_loss"], own[-1].get("val_loss") if own else None))
     entry = finished(run).get("finetune/scst", {})
-    if "val_cider" in entry: rows.append(check("numbers", "val_cider of finetune/scst", entry["val_cider"], cider[-1]["val_cider"] if cider else None))
+    if "val_cider" in entry: rows.append(check("numbers", "val_cider of finetune/scst", entry["val_cider"], cider[-1].get("val_cider") if cider else None))
     return rows
 
 # %% ../../nbs/reporting/verify.ipynb #87a7450b
@@ -334,7 +334,7 @@ def comparable(
     content = path.read_bytes()
     if path.name not in LEFT_OUT: return content
     text = content.decode("utf-8")
-    if path.name == "metrics.jsonl": return json.dumps([_without(json.loads(line), TIMES) for line in text.splitlines()]).encode()
+    if path.name == "metrics.jsonl": return json.dumps(_without(json.loads("[" + text.strip().replace("\n", ",\n") + "]"), TIMES)).encode()
     if path.name == "run.json": text = json.dumps(_without(json.loads(text), {*OWN, *LEFT_OUT}), sort_keys=True)
     text = re.sub(r"\b20\d\d-\d\d-\d\d\b(T[\d:.]+([+]00:00|Z))?", "DATE", text)
     either = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
@@ -348,7 +348,11 @@ def compare_runs(
     "Compare the bytes that two runs left. Raises `ValueError` where one of them is not there."
     run, other = find_run(run), find_run(other)
     def files(of): return {p.relative_to(of.path).as_posix() for p in of.path.rglob("*") if p.is_file() and not p.name.startswith(".")}
-    def digest(of, name): return hashlib.sha256(comparable(of.path/name, (run.name, other.name))).hexdigest() if (of.path/name).is_file() else "missing"
+    def digest(of, name):
+        if not (of.path/name).is_file(): return "missing"
+        try: return hashlib.sha256(comparable(of.path/name, (run.name, other.name))).hexdigest()
+        except (ValueError, RecursionError) as error: return f"damaged, {of.path/name}: {type(error).__name__}: {error}"
+    def row(name, ours, theirs):
+        return check("files", name + (f", without {LEFT_OUT[name]}" if name in LEFT_OUT else ""), ours, theirs, ours == theirs and not ours.startswith("damaged"))
     names = sorted(n for n in files(run) | files(other) if n.split("/")[0] not in ("notebooks", "checkpoints.old"))
-    return pd.DataFrame([check("files", name + (f", without {LEFT_OUT[name]}" if name in LEFT_OUT else ""), digest(run, name), digest(other, name))
-                         for name in names], dtype=object)
+    return pd.DataFrame([row(name, digest(run, name), digest(other, name)) for name in names], dtype=object)
