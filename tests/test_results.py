@@ -198,7 +198,7 @@ def test_caption_in_brackets_that_is_no_list_stays(tmp_path):
 
 @pytest.mark.parametrize("text", ["['a'" + " "*10**5 + "x]", "['" + "\\\\"*10**5 + "]", "[" + "'a', "*10**4 + "x]", "(" + "'a', "*10**4 + "x)", "[" + " "*10**5 + "'a'"], ids=range(5))
 def test_hostile_cells_take_no_time(text):
-    from clipcap.formats.lists import caption_list
+    from clipcap.formats.tables import caption_list
     before = time.perf_counter()
     try: assert caption_list(text) is None
     except ValueError: pass

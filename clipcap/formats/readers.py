@@ -22,8 +22,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import registered
-from .lists import caption_list
-from .tables import LONGEST_CAPTION, read_lines, read_text, table_rows
+from .tables import LONGEST_CAPTION, caption_list, read_lines, read_text, table_rows
 from ..runs.files import resolve_path
 
 # %% ../../nbs/formats/readers.ipynb #e76b3495

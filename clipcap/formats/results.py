@@ -17,9 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .annotations import COCO, KARPATHY, _annotation_rows, _bar_rows
-from .lists import caption_list
 from .readers import Reader, Source, _token_rows, caption_rows, find_source, read_table
-from .tables import LONGEST_CAPTION, find_columns, read_lines, read_text
+from .tables import LONGEST_CAPTION, caption_list, find_columns, read_lines, read_text
 
 # %% ../../nbs/formats/results.ipynb #e39e3d25
 WRAPPERS = ("annotations", "predictions", "results", "captions", "outputs", "data")  # keys under which captions are nested

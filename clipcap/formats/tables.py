@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['CAPTION_COLUMNS', 'LONGEST_CAPTION', 'read_text', 'read_lines', 'read_json', 'csv_rows', 'read_csv', 'find_columns',
-           'is_table', 'table_rows']
+           'is_table', 'table_rows', 'caption_list']
 
 # %% ../../nbs/formats/tables.ipynb #c0940908
 import csv
 import io
 import json
 import re
+import warnings
+from ast import literal_eval
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -153,3 +155,23 @@ def table_rows(
             raise ValueError(f"{path}, {place}: a caption of {name} is a {type(wrong[0]).__name__}, {wrong[0]!r:.40}; it must be text")
         split = next((row[key] for key in row if key.strip().lower() == "split"), None)
         for text in [text for text in texts if text and text.strip()] or [""]: yield name.strip(), text, split
+
+# %% ../../nbs/formats/tables.ipynb #df2d2119
+_STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_LIST = re.compile(rf"\[\s*{_STRING}(?:\s*,\s*{_STRING})*\s*(?:,\s*)?\]|\(\s*{_STRING}\s*,(?:\s*{_STRING}\s*,)*(?:\s*{_STRING})?\s*\)|\[\s*\]", re.DOTALL)
+_BEGINS = re.compile(r"\[\s*(?:['\"]|\{\s*['\"])")
+
+
+def caption_list(
+    text: str,  # of a cell
+) -> list[str] | None:  # captions; None for a text that is no list
+    "Read a list of captions as Python or JSON writes it. Raises `ValueError` for a text that only looks like one."
+    text = text.strip()
+    if _LIST.fullmatch(text):
+        for read in (json.loads, literal_eval):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python's, of a backslash that means nothing
+                try: return list(read(text))
+                except (ValueError, SyntaxError, RecursionError): continue
+    elif not (_BEGINS.match(text) and text.endswith("]")): return None
+    raise ValueError(f"{text[:60]!r} looks like a list of captions, but is not one in Python's or JSON's form; give each caption a row of its own")
