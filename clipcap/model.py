@@ -189,7 +189,7 @@ def _check_search(temperature=0., **numbers):
         if not hasattr(value, "__index__") or value < 1: raise ValueError(f"{name}={value!r:.40} must be a whole number, 1 or more")
     if not temperature >= 0: raise ValueError(f"temperature={temperature} must be 0 or more")
 
-
+# %% ../nbs/02_model.ipynb #8f0127f3
 @torch.inference_mode()
 def generate_ids(
     embeddings: torch.Tensor,  # (B, clip_dim) or (B, T, clip_dim)

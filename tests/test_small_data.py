@@ -230,7 +230,9 @@ def test_what_is_left_out_and_cut_stands_in_the_stages_tables(cheap, tmp_path):
 def test_the_message_about_an_empty_split_says_how_many_photos_it_needs(outputs, tmp_path, photos, text):
     captions = {f"{k}.png": ["a dog"] for k in range(photos or FEWEST)}
     run, config = open_run("few", **{**PLAIN, **write_data(tmp_path/"data", captions, False)})
-    if not photos: return prepare_data(run, config)
+    if not photos:
+        prepare_data(run, config)
+        return
     with pytest.raises(ValueError, match=f"no image is left for the split {text} of .*: split='random' needs 6 images with captions, and {photos} are left; add some$"):
         prepare_data(run, config)
 

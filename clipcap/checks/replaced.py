@@ -204,7 +204,7 @@ OTHER = {  # setting -> other value, with what it needs beside it
     "data_root": {"data_root": "data2"}, "clip_model": {"clip_model": "clip2.safetensors"}, "gpt2_model": {"gpt2_model": "lm2"},
     "embeddings": {"embeddings": "seen.safetensors"}, "features": {"features": "grid", "mapping_network": "grid"}, "ensemble": {"ensemble": "r"},
     "checkpoint": {"checkpoint": "average"}, "batch_size": {"batch_size": 7}, "scst_epochs": {"scst_epochs": 2}, "scst_samples": {"scst_samples": 3},
-    "rerank": {"rerank": "mbr"}, "beam_groups": {"beam_groups": 2, "num_beams": 2, "rerank": "mbr"}}
+    "rerank": {"rerank": "mbr"}, "track": {"track": "tensorboard"}, "beam_groups": {"beam_groups": 2, "num_beams": 2, "rerank": "mbr"}}
 CHOICE = ("keep", "best_by", "patience")  # settings of training that the weights of an epoch do not depend on
 
 
@@ -226,7 +226,7 @@ def setting_change(name: str) -> Change:
     return Change(means, partial(_with_files, name), names, "scst" if stage == "finetune/scst" else "clip", asked)
 
 
-CHANGES = {**INPUTS, **CODE, **{f"setting {name}": setting_change(name) for name in FIELDS}}
+CHANGES = {**INPUTS, **CODE, **{f"setting {name}": setting_change(name) for name in FIELDS if name != "caption_format"}}  # no run is trained with another
 
 # %% ../../nbs/checks/replaced.ipynb #0f0d105a
 BEGINS = ("01_data", "02_model", "clipcap score")  # load no weights
