@@ -50,6 +50,12 @@ def main(python=None):
         do(bin/"python", "-m", "clipcap.train", "--run", "demo", "epochs=1", **where)
         do(bin/"clipcap", "caption", *PHOTOS, "--run", "demo", "--out", "captions.jsonl", **where)
         print((here/"captions.jsonl").read_text())
+        do(bin/"python", "-c", "from clipcap import Captioner; Captioner.from_run('demo').save_pretrained('shared')", **where)
+        empty = {**where, "cwd": folder/"empty", "env": {**where["env"], "HF_HUB_OFFLINE": "1"}}
+        empty["cwd"].mkdir()
+        do(bin/"clipcap", "caption", *(here/name for name in PHOTOS), "--model", here/"shared", "--out", "captions.jsonl", **empty)
+        def written(path): return [json.loads(line).get("caption") for line in path.read_text().splitlines() if '"caption"' in line]
+        assert written(folder/"empty/captions.jsonl") == written(here/"captions.jsonl") != [], written(folder/"empty/captions.jsonl")
         if not python:  # nothing but the core is installed
             done = subprocess.run([bin/"clipcap", "score", "captions.jsonl", "people.json"], capture_output=True, text=True, **where)
             assert done.returncode == 1 and "pip install 'clipcap[metrics]'" in done.stderr, done.stderr

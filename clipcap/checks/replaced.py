@@ -257,6 +257,7 @@ def _if_weights_depend(change, what, name):
     if name in BEGINS: return ("kept",)
     if name == "clipcap embed, continued": return {"CLIP": ("refused",), "a photo": ("made anew",)}.get(what, ("kept",))
     if name == "make run": return {"a setting in run.json": ("scored anew",), "the run's table of captions": ("made anew",)}.get(what, ("trained anew",))
+    if change.asked and name not in TAKING_SETTINGS: return ("refused", "kept")  # kept where the stage that was asked refused: the run is as it was
     return ("refused",)
 
 # %% ../../nbs/checks/replaced.ipynb #2a2e4710
@@ -342,9 +343,9 @@ WHY = {  # command, what happened, or what a change means -> message where the c
     "01_data": "it reads data and CLIP alone", "02_model": "it reads no weights of the run", "clipcap score": "it reads the two files that are named",
     "clipcap embed, continued": "it reads photos and CLIP alone", "made anew": "written from what is there now",
     "scored anew": "captions, scores and their protocol are written again", "trained further": "an epoch of finetune/scst was asked for",
-    "nothing": "nothing depends on it", "code": "it reads no weights", "further": "the weights are those that are recorded",
+    "training": "the stage that was asked for it refused, and left the run as it was", "nothing": "nothing depends on it", "code": "it reads no weights", "further": "the weights are those that are recorded",
     "choice": "the weights of an epoch do not depend on it", "decoding": "it reads weights, or captions with their own protocol",
-    "scst": "03_train's weights do not depend on it", "rounding": "it changes rounding at most", "scores": "it does not score the run's captions again"}
+    "scst": "03_train's weights do not depend on it, or the stage that was asked for it refused", "rounding": "it changes rounding at most", "scores": "it does not score the run's captions again"}
 
 
 def relevant(said: str, change: Change, name: str, happened: str) -> str:
@@ -364,6 +365,9 @@ def cell(folder: Path, what: str, name: str) -> Outcome:
     allowed, named = rule(what, name), not change.names or any(word in said for word in change.names) or "data_hash" in said
     wrong = [f"{happened}, not {' or '.join(allowed)}"]*(happened not in allowed)
     must = happened in ("refused", "told", "trained anew") or change.means == "code" and happened != "kept"
+    begun = Run("r").stage_entry("finetune/scst" if change.means == "scst" else "03_train").get("config", {})
+    asked_and_begun = change.means in ("training", "scst") and name not in (*TAKING_SETTINGS, *BEGINS) and any(begun.get(k) == v for k, v in change.asked.items())
+    wrong += ["it is kept, with another setting in run.json"]*(happened == "kept" and asked_and_begun and change.kind == "clip")
     wrong += ["it is not named"]*(must and not named and "no CLIP" not in said)
     wrong += ["the old weights are not set aside"]*(happened == "trained anew" and not weights_in("checkpoints.old").items() >= before["weights"].items())
     wrong += [trace.splitlines()[-1][:200] if trace else said[-200:]]*bool(wrong)
