@@ -124,14 +124,12 @@ def test_the_recipe_is_recorded_in_both_places(world):
 
 @pytest.mark.slow
 def test_a_refused_attempt_at_self_critical_training_is_not_recorded(world):
-    "Its settings are compared when weights are loaded, until it is asked for with those that it was trained with."
+    "The run stays as it was, and loads."
     world("scst")
     recorded = Run("r").manifest["tuned_with"]
     assert recorded["scst_samples"] == 2 and recorded["scst_learning_rate"] == 1e-5
     with pytest.raises(ValueError, match="scst_samples was 2, is 3"): by_hand("finetune/scst", scst_samples=3)
     assert Run("r").manifest["tuned_with"] == recorded
-    with pytest.raises(ValueError, match="scst_samples was 2, is 3"): load_run("r")
-    by_hand("finetune/scst", scst_samples=2)
     load_run("r")
 
 

@@ -132,8 +132,8 @@ def can_search(
     model: nn.Module,  # a `ClipCapModel`
     positions: int,  # of prefix and caption
 ) -> bool:  # False: transformers' `generate` writes
-    "Whether `beam_ids` can write with a model: its language model adds nothing to plain causal attention, and it is no ensemble."
-    return not len(model.ensemble) and getattr(model.gpt2, "packed_up_to", 0) >= positions
+    "Whether `beam_ids` can write with a model: a trial on loading showed it, captions are not longer than a window, and it is no ensemble."
+    return not len(model.ensemble) and getattr(model.gpt2, "searches", False) and model.gpt2.packed_up_to >= positions
 
 # %% ../../nbs/decoding/beam.ipynb #6d466091
 def _search_of(model, *settings):

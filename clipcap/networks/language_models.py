@@ -10,12 +10,14 @@ import inspect
 import math
 import re
 import warnings
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..core import seed_everything
+from ..decoding.beam import beam_ids
 from ..formats.pretrained import load_pretrained
 from ..formats.tokenizer import gpt2_path
 from .packing import fuse_gelu, hidden_states, pack, pack_attention, token_losses
@@ -146,6 +148,14 @@ def _writes_what_it_predicts(gpt2, prefix):
         return _difference([-out.sequences_scores], [wanted]) <= 1
 
 
+def _searches_alike(gpt2, prefix):
+    "Whether our beam search writes what `generate` writes."
+    model = SimpleNamespace(gpt2=gpt2, device=prefix.device, stop_id=-1, tokenizer=SimpleNamespace(pad_token_id=0))  # no word ends a caption
+    with torch.inference_mode():
+        wanted = continue_prefix(gpt2, prefix.detach(), 2, num_beams=2, num_return_sequences=2, max_new_tokens=4, early_stopping=True, do_sample=False, pad_token_id=0)
+        return torch.equal(beam_ids(model, prefix.detach(), 4, 2, 2), wanted)
+
+
 def _succeeds(attempt, *args):
     try: return attempt(*args)
     except Exception: return False
@@ -170,6 +180,7 @@ def choose_loss(
     if not _succeeds(_writes_what_it_predicts, gpt2, prefix):
         gpt2.shares_prefix = False
         if not _writes_what_it_predicts(gpt2, prefix): raise ValueError("it does not write what it predicts")
+    gpt2.searches = gpt2.packed_up_to > 0 and _succeeds(_searches_alike, gpt2, prefix)  # else `generate` does
     return "packed" if gpt2.packed_up_to else "padded"
 
 
