@@ -6,7 +6,7 @@
 __all__ = ['WORD_COLOURS', 'find_captioner', 'heat_map', 'percent', 'as_json', 'Session', 'build_page', 'example_photos',
            'free_port', 'serve', 'main']
 
-# %% ../../nbs/apps/demo.ipynb #d72e2b4f
+# %% ../../nbs/apps/demo.ipynb #16104814
 import html
 import os
 import socket
@@ -25,7 +25,7 @@ from ..decoding.captioner import Caption, Captioner
 from ..formats.photos import preprocess_photos, read_photo
 from ..model import generate_caption_batch
 
-# %% ../../nbs/apps/demo.ipynb #b9f10f36
+# %% ../../nbs/apps/demo.ipynb #79bcb42c
 def find_captioner(
     name: str,  # name of a trained run, folder of `Captioner.save_pretrained`, or name on the hub
     device: str = "auto",  # where to compute
@@ -40,11 +40,12 @@ def find_captioner(
     else:
         try: captioner = Captioner.from_pretrained(name, device)
         except ValueError as error:
-            raise ValueError(f"{name!r:.200} is neither a run in {Run('demo').path.parent}, nor a folder, nor a captioner on the hub ({error!s:.400})") from None
+            raise ValueError(f"{name!r:.200} is neither a run in {Run('demo').path.parent}, nor a folder, nor a captioner on the hub "
+                             f"({error!s:.400})") from None
     generate_caption_batch([], captioner.model)  # raises `ValueError` for a model without image encoder
     return captioner
 
-# %% ../../nbs/apps/demo.ipynb #ad7b3b5f
+# %% ../../nbs/apps/demo.ipynb #1d9d0328
 _INFERNO = np.array([(0, 0, 4), (40, 11, 84), (101, 21, 110), (159, 42, 99), (212, 72, 66), (245, 125, 21), (250, 193, 39), (252, 255, 164)])
 
 
@@ -62,7 +63,7 @@ def heat_map(
     alpha = (0.35 + values).clip(max=0.9)[..., None]
     return Image.fromarray((grey*(1 - alpha) + colours*alpha).round().astype(np.uint8))
 
-# %% ../../nbs/apps/demo.ipynb #dc2a3420
+# %% ../../nbs/apps/demo.ipynb #6a1a33d3
 def percent(
     probability: float,  # of a word
 ) -> str:
@@ -70,7 +71,7 @@ def percent(
     return f"{100*probability:.0f}%"
 
 
-_SURE, _UNSURE = np.array([255, 255, 255]), np.array([234, 88, 12])  # white to orange
+_SURE, _UNSURE = np.array([37, 99, 235]), np.array([234, 88, 12])  # both legible below white text
 WORD_COLOURS = {f"{p}%": "#{:02x}{:02x}{:02x}".format(*(_UNSURE + (_SURE - _UNSURE)*p/100).round().astype(int)) for p in range(101)}
 
 
@@ -81,7 +82,7 @@ def as_json(
     return {"captions": [{"caption": c.text, "log_probability": c.log_probability,
                           "words": [{"word": word, "probability": p} for word, p in c.words]} for c in captions]}
 
-# %% ../../nbs/apps/demo.ipynb #8f478043
+# %% ../../nbs/apps/demo.ipynb #d87b81ee
 class Session:
     "Caption photos and explain words."
 
@@ -112,14 +113,15 @@ class Session:
         images = preprocess_photos([photo], self.model.preprocess)
         return crop_photo(photo, self.model.preprocess), explain(self.model, images, [text])[0]
 
-    def word_map(self, path: str, caption: Caption, number: int) -> Image.Image:
-        "Draw the map of a word. Raises `ValueError` where there is none."
+    def word_map(self, path: str, caption: Caption, number: int) -> tuple[Image.Image, float]:
+        "Draw the map of a word; return also its largest relevance, as a fraction of the caption's. Raises `ValueError` where there is none."
         if self.no_maps: raise ValueError(f"No maps of the photo: {self.no_maps}")
         photo, explanation = self.explanation(path, caption.text)
         if explanation.words != [word for word, _ in caption.words]: raise ValueError("the words of this caption can't be told apart; choose another")
-        return heat_map(photo, (explanation.photo[number]/explanation.photo.max().clamp(min=1e-30)).numpy())
+        relevance, largest = explanation.photo[number], explanation.photo.max().clamp(min=1e-30)
+        return heat_map(photo, (relevance/relevance.max().clamp(min=1e-30)).numpy()), float(relevance.max()/largest)
 
-# %% ../../nbs/apps/demo.ipynb #37e17512
+# %% ../../nbs/apps/demo.ipynb #21a23ddf
 def _take_uploads(photo):
     "Let a `gradio.Image` hand over the paths of uploaded files as they are, and fetch nothing."
     import gradio as gr
@@ -145,16 +147,17 @@ def _with_messages(function):
             raise gr.Error(html.escape(str(error), quote=False), duration=None, title="Not possible", print_exception=False) from None
     return called
 
-# %% ../../nbs/apps/demo.ipynb #d64effe6
+# %% ../../nbs/apps/demo.ipynb #b07064c9
 def _inputs(gr, config, examples):
-    "Place a photo and sliders on the page; return them and the button."
+    "Place a photo and settings on the page; return them and the button."
     photo = _take_uploads(gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard", "webcam"], label="Photo", height=320))
     with gr.Row():
-        beams = gr.Slider(1, max(10, config.num_beams), config.num_beams, step=1, label="Beams", info="1 is greedy", min_width=120)
-        temperature = gr.Slider(0, max(2, config.temperature), config.temperature, step=0.1, label="Temperature", info="above 0: sampled", min_width=120)
-        candidates = gr.Slider(1, 10, 1, step=1, label="Candidates", info="at most as many as beams", min_width=120)
+        beams = gr.Number(config.num_beams, minimum=1, maximum=max(10, config.num_beams), precision=0, label="Beams", info="1 is greedy", min_width=120)
+        temperature = gr.Number(config.temperature, minimum=0, maximum=max(2, config.temperature), step=0.1, label="Temperature",
+                                info="above 0: sampled", min_width=120)
+        candidates = gr.Number(1, minimum=1, maximum=10, precision=0, label="Candidates", info="captions written", min_width=120)
     button = gr.Button("Caption", variant="primary")
-    if examples: gr.Examples([[path] for path in examples], [photo], label="Photos of the run", examples_per_page=len(examples))
+    if examples: gr.Examples([[path] for path in examples], [photo], label="Photos of the run", elem_id="examples", examples_per_page=len(examples))
     return [photo, beams, temperature, candidates], button
 
 
@@ -163,7 +166,8 @@ def _outputs(gr, no_maps):
     words = gr.HighlightedText(label="Caption, with the probability of each word" + ("" if no_maps else ": click a word"), color_map=WORD_COLOURS,
                                show_legend=False, elem_id="words")
     choice = gr.Radio([], label="Candidates, with their log-probability per token", visible=False)
-    heat = gr.Image(label="What speaks for the word", interactive=False, format="png", height=400, visible=not no_maps)
+    heat = gr.Image(label="What speaks for the word", interactive=False, format="png", height=400, elem_id="map",
+                    buttons=["download", "fullscreen"], visible=not no_maps)
     if no_maps: gr.Markdown(f"No maps of the photo: {no_maps}.")
     with gr.Accordion("Answer of the HTTP API (/caption)", open=False): answer = gr.JSON(show_label=False)
     return words, choice, heat, answer
@@ -181,6 +185,7 @@ def build_page(
     def shown(captions, number=0): return [(word, percent(p)) for word, p in captions[number].words] or [("(no word)", None)]
 
     def caption(path, num_beams, temperature, candidates):
+        if None in (num_beams, temperature, candidates): raise ValueError("beams, temperature and candidates must be numbers")
         if not path: raise ValueError("there is no photo; upload one, paste one, or use the camera")
         captions = session.captions(path, int(num_beams), temperature, int(candidates))
         return as_json(captions), (path, captions)
@@ -194,8 +199,9 @@ def build_page(
 
     def look(found, number, event: gr.SelectData):
         if not found or not event.index < len(found[1][number].words): return None
-        picture = session.word_map(found[0], found[1][number], event.index)
-        return gr.Image(picture, label=f"What speaks for “{found[1][number].words[event.index][0]}”")
+        picture, strength = session.word_map(found[0], found[1][number], event.index)
+        word = found[1][number].words[event.index][0]
+        return gr.Image(picture, label=f"What speaks for “{word}” (strength {percent(strength)})")
 
     with gr.Blocks(title=f"clipcap: {name}", analytics_enabled=False) as page:
         gr.Markdown(f"## {html.escape(name)}")
@@ -211,11 +217,11 @@ def build_page(
         words.select(_with_messages(look), [found, choice], [heat], api_visibility="private", **one)
     return page
 
-# %% ../../nbs/apps/demo.ipynb #120dc785
+# %% ../../nbs/apps/demo.ipynb #fc92d5f7
 def example_photos(
     captioner: Captioner,  # of a run, or not
     folder: str | Path,  # gets the photos
-    number: int = 6,  # at most
+    number: int = 5,  # at most
 ) -> list[str]:  # their paths; none where the captioner has no run, or its photos are not here
     "Write a few photos of the run's test split into a folder."
     if captioner.run is None: return []
