@@ -172,7 +172,7 @@ def _outputs(gr, no_maps):
     with gr.Accordion("Answer of the HTTP API (/caption)", open=False): answer = gr.JSON(show_label=False)
     return words, choice, heat, answer
 
-
+# %% ../../nbs/apps/demo.ipynb #278bd0f6
 def build_page(
     captioner: Captioner,  # with an image encoder
     examples: Iterable[str] = (),  # paths of photos to try
@@ -238,7 +238,7 @@ def example_photos(
         photo.save(paths[-1])
     return paths
 
-
+# %% ../../nbs/apps/demo.ipynb #37e0cc37
 def free_port(
     port: int,  # wanted; 0: any
 ) -> int:
