@@ -11,6 +11,7 @@ from PIL import Image
 gradio = pytest.importorskip("gradio")
 
 from clipcap.apps.demo import WORD_COLOURS, Session, build_page, example_photos, find_captioner, free_port, heat_map, percent, serve
+from clipcap.apps.cli import main
 from clipcap.checks.hostile import HOSTILE
 from clipcap.checks.payloads import photo
 from clipcap.decoding.captioner import Caption, Captioner
@@ -102,6 +103,11 @@ def test_words_of_maps_are_words_of_the_caption(captioner, served):
 def test_a_word_has_no_map_where_the_encoder_has_none(captioner, served, monkeypatch):
     monkeypatch.setattr("clipcap.apps.demo.no_photo_maps", lambda model: "maps begin at a class token")
     with pytest.raises(ValueError, match="No maps of the photo: maps begin at a class token"): Session(captioner).word_map(served[1][0], Caption("a", -1.), 0)
+
+
+def test_the_command_says_what_is_wrong_before_it_serves(outputs, capsys):
+    assert main(["demo", "nothing", "--port", "0"]) == 1 and "'nothing' is neither a run" in capsys.readouterr().err
+    assert main(["demo", "nothing", "--port", "-1"]) == 1 and "--port -1 can't be used" in capsys.readouterr().err
 
 
 # --- the HTTP API, by gradio_client
