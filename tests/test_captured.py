@@ -8,6 +8,7 @@ from test_train import config, make_set, trained  # noqa: F401
 
 from clipcap import train as training
 from clipcap.core import open_run
+from clipcap.networks.graphs import Recorded
 from clipcap.optim.captured import CapturedGradient, NotFinite, can_capture, pad_batch
 from clipcap.optim.processes import start_accelerator
 from clipcap.runs.checkpoints import read_metrics
@@ -19,7 +20,7 @@ def gradients(model): return {name: p.grad for name, p in model.named_parameters
 
 
 @pytest.mark.numerics
-@pytest.mark.parametrize("sampling, smoothing, size, group", [("random", 0., 7, 1), ("random", 0.1, 5, 2), ("all", 0., 8, 1), ("all", 0.1, 6, 3)])
+@pytest.mark.parametrize("sampling, smoothing, size, group", [("random", 0., 7, 1), ("random", 0.1, 5, 2), ("all", 0., 9, 1), ("all", 0.1, 7, 3)])
 def test_the_gradient_is_that_of_the_plain_loop(make_set, config, mini_model, sampling, smoothing, size, group):
     "Compared in float64: batches of several sizes, of which the last is not full, one or several to a step."
     model, accelerator = mini_model.double(), start_accelerator()
@@ -37,7 +38,7 @@ def test_the_gradient_is_that_of_the_plain_loop(make_set, config, mini_model, sa
         for name, gradient in gradients(model).items():
             if wanted[name] is None: assert gradient is None
             else: torch.testing.assert_close(gradient, wanted[name], rtol=1e-8, atol=1e-10)
-    assert len({tuple(b["input_ids"].shape) for b in batches}) > 1 or sampling == "all"
+    assert len({len(b["input_ids"]) for b in batches}) == 2  # the last is smaller
 
 
 def test_batches_have_few_shapes(make_set, config):
@@ -81,3 +82,11 @@ def test_a_run_that_is_not_finite_stops_at_the_end_of_its_epoch_and_lists_the_ba
         monkeypatch.setattr(training, "epoch_loader", lambda *of: ({**b, "embedding": b["embedding"]*torch.inf} for b in epoch_loader(*of)))
         train_run(*open_run("wild", epochs=2))
     assert json.loads((run.path/"nonfinite_batch.json").read_text())["epoch"] == 2 and len(read_metrics(run.path)) == 1
+
+
+def test_what_can_not_be_recorded_runs_without():
+    "Here there is no GPU to record on."
+    double = Recorded(lambda x: 2*x, torch.device("cpu"))
+    double.records, double._there = True, lambda tensor: tensor
+    with pytest.warns(UserWarning, match="can't be recorded as a CUDA graph"): assert double(x=torch.ones(2)).tolist() == [2, 2]
+    assert double(x=torch.zeros(2)).tolist() == [0, 0]  # and says so once

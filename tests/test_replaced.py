@@ -133,6 +133,13 @@ def test_a_refused_attempt_at_self_critical_training_is_not_recorded(world):
     load_run("r")
 
 
+def test_a_photo_that_vanished_is_named(world):
+    folder = world("clip")
+    name = sorted(p.name for p in (folder/"data/Images").iterdir())[3]
+    (folder/"data/Images"/name).unlink()
+    with pytest.raises(ValueError, match=rf"photos_hash was .* \(1 of 20 photos are missing: {name}\)"): load_run("r")
+
+
 # --- changed code
 
 @pytest.mark.parametrize("what, counts", [pytest.param("MappingNetwork.forward", True, marks=pytest.mark.slow), ("plotting", False)])

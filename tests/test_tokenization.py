@@ -102,3 +102,10 @@ def test_tokens_are_those_of_the_tool_as_a_program():
 
 @pytest.mark.parametrize("text, words", [("狗在 跑。", "狗 在 跑"), ("犬が走る！", "犬 が 走 る"), ("A dog.", "a d o g"), ("สุนัข", "สุ นั ข"), ("cafe\u0301 ", "c a f é"), ("", ""), ("…!", "")])
 def test_each_character_is_a_token(text, words): assert tokenize({1: [text]}, "characters") == {1: [words]}
+
+
+@pytest.mark.parametrize("said, expected", [("Fatal error occurred", MemoryError), ("java.lang.OutOfMemoryError: Java heap space", MemoryError), ("something else", RuntimeError)])
+def test_too_little_memory_for_java_is_named_with_the_remedy(monkeypatch, said, expected):
+    def fail(data): raise RuntimeError(said)
+    monkeypatch.setattr(tokenization, "_cut", fail)
+    with pytest.raises(expected, match="CLIPCAP_JAVA_OPTIONS=-Xmx2g" if expected is MemoryError else said): ptb_lines(["a dog"])

@@ -278,7 +278,7 @@ def main(
         try: COMMANDS[name](**options)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        except (ValueError, OSError, MissingExtra) as error:
+        except (ValueError, OSError, MemoryError, MissingExtra) as error:
             say(error)
             return 1
         except KeyboardInterrupt as stop:

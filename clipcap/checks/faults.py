@@ -243,13 +243,13 @@ def full_disk(ground: Ground, stage: str) -> tuple:
     "Fill the disk of the run folder."
     outputs, how = ground.fresh(ground.before(stage)), "make room, the same command"
     if not can_mount():
-        child = ground.child(stage, outputs, hold=("run.json", 2)).held()
+        child = ground.child(stage, outputs, hold=("run.json", 1)).held()
         resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (0, 0))  # no file may grow
         happened, what, wrong = _fail_for_want_of_room(ground, stage, outputs, child, "RLIMIT_FSIZE, no mounts here")
         return happened, what, how, wrong + again(ground, stage, outputs)
     with mounted(outputs/"demo", "-t", "tmpfs", "-o", "size=64m", "tmpfs"):
         shutil.copytree(ground.before(stage)/"demo", outputs/"demo", dirs_exist_ok=True)
-        child, ballast = ground.child(stage, outputs, hold=("run.json", 2)).held(), outputs/"demo/.ballast"
+        child, ballast = ground.child(stage, outputs, hold=("run.json", 1)).held(), outputs/"demo/.ballast"
         with open(ballast, "wb", buffering=0) as file:
             try:
                 while True: file.write(bytes(4096))

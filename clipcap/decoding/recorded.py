@@ -17,7 +17,7 @@ from ..core import ENCODERS, MAPPING_NETWORKS, Config, Run, stage_config
 from ..data import data_folder, load_clip
 from ..formats.embeddings import Embeddings, data_hash
 from ..formats.origin import source_hashes
-from ..formats.readers import find_source
+from ..formats.readers import as_photos, find_source
 from ..formats.store import EmbeddingStore
 from ..model import gpt2_hashes
 from ..networks.encoders import library_encoder_is_here
@@ -135,6 +135,14 @@ def check_prepared(
                          f"clipcap.train --run {run.name} --restart, the pipeline (make run), or papermill nbs/01_data.ipynb OUT.ipynb -p run {run.name}")
 
 
+def _missing(run, config):
+    "Name photos of a run that are no longer there."
+    names = pd.read_csv(run.path/"captions_table.csv", usecols=["image"], dtype=str, keep_default_na=False).image.unique()
+    photos = as_photos(find_source(data_folder(config) if config.data_root == "mini" else resolve_path(config.data_root)).photos)
+    gone = [name for name in names if photos.stamp(name) is None]
+    return f" ({len(gone)} of {len(names)} photos are missing: {', '.join(gone[:3])}{' …' if len(gone) > 3 else ''})" if gone else ""
+
+
 def check_recorded(
     run: Run,  # trained
     config: Config,  # its settings of training
@@ -148,7 +156,8 @@ def check_recorded(
         own = {key: value for key, value in run.manifest.get("tuned_with", {}).items() if hasattr(Config, key)}
         recorded, now = recorded | own, now | {key: getattr(config, key) for key in own}
     if changes := recipe_changes(recorded, now):
-        raise ValueError(f"run {run.name!r} was trained with something else: {'; '.join(changes)}. Put back what was replaced, or train "
+        gone = _missing(run, config) if any(change.startswith("photos_hash") for change in changes) else ""
+        raise ValueError(f"run {run.name!r} was trained with something else: {'; '.join(changes)}{gone}. Put back what was replaced, or train "
                          f"anew: python -m clipcap.train --run {run.name} --restart, or the pipeline (make run)")
 
 # %% ../../nbs/decoding/recorded.ipynb #2fa6376c

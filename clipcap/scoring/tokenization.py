@@ -23,20 +23,34 @@ def _ptb_reader():
     return method
 
 
+def _cut(data):
+    "Call the tool; bytes in, bytes out."
+    start_java()
+    java, out = jpype.java.io, jpype.java.io.ByteArrayOutputStream()
+    writer = java.BufferedWriter(java.OutputStreamWriter(out, "utf-8"))
+    reader = java.BufferedReader(java.InputStreamReader(java.ByteArrayInputStream(data), "utf-8"))
+    # signs that the tool doesn't know are dropped, as it does by default, but not logged
+    _ptb_reader().invoke(None, reader, writer, None, "tokenizeNLs,untokenizable=noneDelete", True, False, True)
+    writer.flush()
+    return bytes(out.toByteArray())
+
+
+def _told(error):
+    "Return what an error says, with its causes."
+    try: return str(error.stacktrace()) if hasattr(error, "stacktrace") else str(error)
+    except Exception: return "OutOfMemoryError"  # there is not even memory to say so
+
+
 def ptb_lines(
     lines: list[str],  # captions without line breaks
 ) -> list[str]:  # as many lines: tokens with a space between, punctuation still there
-    "Tokenize each line with the COCO evaluation's own Penn Treebank tokenizer, as its options -preserveLines -lowerCase do."
+    "Tokenize each line with the COCO evaluation's own Penn Treebank tokenizer, as its options -preserveLines -lowerCase do. Raises `MemoryError`."
     data = printable("".join(f"{line}\n" for line in lines)).encode()
     with JAVA_LOCK:
-        start_java()
-        java, out = jpype.java.io, jpype.java.io.ByteArrayOutputStream()
-        writer = java.BufferedWriter(java.OutputStreamWriter(out, "utf-8"))
-        reader = java.BufferedReader(java.InputStreamReader(java.ByteArrayInputStream(data), "utf-8"))
-        # signs that the tool doesn't know are dropped, as it does by default, but not logged
-        _ptb_reader().invoke(None, reader, writer, None, "tokenizeNLs,untokenizable=noneDelete", True, False, True)
-        writer.flush()
-        result = bytes(out.toByteArray()).decode("utf-8", "replace").split("\n")[:-1]
+        try: result = _cut(data).decode("utf-8", "replace").split("\n")[:-1]
+        except (jpype.JException, RuntimeError) as error:  # without memory, JPype can't even make the exception: "Fatal error occurred"
+            if not re.search("OutOfMemoryError|Fatal error", _told(error)): raise
+            raise MemoryError("Java has too little memory for the tokenizer; give it more: CLIPCAP_JAVA_OPTIONS=-Xmx2g") from None
     if len(result) != len(lines): raise RuntimeError(f"the tokenizer got {len(lines)} lines and gave {len(result)}")
     return result
 
