@@ -188,6 +188,8 @@ readme:
 		--output-dir . --output README --NbConvertApp.output_files_dir=outputs/readme \
 		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=hide \
 		--TagRemovePreprocessor.remove_input_tags=hide-input
+	sed -E -i.old -e 's|!\[png\]\((.*/)(.*)\.png\)|![\2](\1\2.png)|' -e 's/[[:space:]]+$$//' README.md
+	cat -s README.md | sed -e '$${/^$$/d;}' > README.md.old && mv README.md.old README.md
 
 lab: $(VENV)/installed
 	$(BIN)/jupyter lab nbs

@@ -1,5 +1,7 @@
-"""README's sentences hold for the committed tables that it shows; its links lead somewhere and its commands exist."""
+"""README is one page whose links, commands and code work; sentences of the pages it links hold for the committed tables."""
+import json
 import re
+import shutil
 
 import pandas as pd
 import pytest
@@ -8,7 +10,19 @@ from conftest import ROOT
 from clipcap.studies.ablation import ABLATION, preset_evidence, summarize
 
 README = (ROOT/"README.md").read_text("utf-8")
+FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M)
+PROSE = re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", README, flags=re.S | re.M))  # without code
+PAGES = [*sorted((ROOT/"nbs/howto").glob("*.ipynb")), *(ROOT/f"nbs/{name}.ipynb" for name in
+         ("studies/results", "studies/speed", "studies/scaling", "studies/errata", "checks/trust"))]
 WITHOUT_A_MODEL = ["consensus of 60 neighbours", "most common training caption"]
+
+
+def cells(path): return json.loads(path.read_text("utf-8"))["cells"]
+
+
+def markdown_outputs(path):
+    "The Markdown that the cells of a notebook show."
+    return ["".join(o["data"]["text/markdown"]) for c in cells(path) for o in c.get("outputs", []) if "text/markdown" in o.get("data", {})]
 
 
 @pytest.fixture(scope="module")
@@ -19,20 +33,72 @@ def ablation(): return pd.read_csv(ROOT/"outputs/ablation.csv")
 def found(ablation): return summarize(ablation)
 
 
+# --- one page
+
+def test_readme_is_one_page(): assert len(README.splitlines()) <= 250
+
+
+def test_readme_has_no_html(): assert not re.findall(r"<[a-zA-Z/!][^>\n]*>", PROSE)
+
+
+def test_readme_has_at_most_three_pictures_each_with_words():
+    pictures = re.findall(r"!\[([^\]]*)\]\(([^)]*)\)", README)
+    assert len(pictures) <= 3 and all(len(words) > 10 for words, _ in pictures)
+    assert {p.relative_to(ROOT).as_posix() for p in (ROOT/"outputs/readme").iterdir()} <= {path for _, path in pictures}
+
+
+def test_tables_of_readme_are_short():
+    tables = re.findall(r"(?:^\|.*\n)+", README, re.M)
+    assert tables and max(len(table.splitlines()) - 2 for table in tables) <= 12
+
+
 def test_links_lead_somewhere():
-    lost = [link for link in re.findall(r"(?:\]\(|src=\")([^)\"#:]+)[)\"]", README) if not link.startswith("data") and not (ROOT/link).exists()]
+    lost = [(path.name, link) for path, text in [(ROOT/"README.md", README), *((p, text) for p in PAGES for text in markdown_outputs(p))]
+            for link in re.findall(r"\]\(([^)#:\s]+)[)#]", text) if not (path.parent/link).exists()]
     assert not lost
+
+
+def test_how_to_pages_and_what_left_readme_are_linked(): assert not [p for p in PAGES if p.relative_to(ROOT).as_posix() not in README]
 
 
 def test_make_targets_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT/"Makefile").read_text("utf-8"), re.M))
-    assert set(re.findall(r"(?:^|`)make ([a-z][\w-]*)", README, re.M)) <= targets
+    texts = [README, *("".join(c["source"]) for p in PAGES for c in cells(p) if c["cell_type"] == "markdown")]
+    assert set(re.findall(r"(?:^|`)make ([a-z][\w-]*)", "\n".join(texts), re.M)) <= targets
 
 
-def test_commands_name_modules_and_notebooks_that_exist():
+def test_commands_name_modules_notebooks_and_commands_that_exist():
+    from clipcap.apps.cli import COMMANDS
     for module in re.findall(r"python -m (clipcap[\w.]*)", README): assert (ROOT/module.replace(".", "/")).with_suffix(".py").is_file(), module
     for notebook in re.findall(r"papermill (nbs/\S+)", README): assert (ROOT/notebook).is_file(), notebook
+    assert {*re.findall(r"(?:^|`)clipcap ([a-z]+)", README, re.M)} <= {*COMMANDS}
 
+
+def test_python_of_readme_runs(trained, scenes, tmp_path, monkeypatch):
+    shutil.copy(next(iter(sorted(scenes.photos.iterdir()))), tmp_path/"photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    codes = [code for language, code in FENCES if language == "python"]
+    for code in codes: exec(code, {})
+    assert codes and (tmp_path/"my-captioner/model.safetensors").is_file()
+
+
+# --- pages
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+def test_pages_show_no_html(path): assert not [c["id"] for c in cells(path) for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
+
+
+def test_maps_list_every_notebook_with_its_first_line():
+    whole, = markdown_outputs(ROOT/"nbs/howto/notebooks.ipynb")
+    for path in (ROOT/"nbs").rglob("*.ipynb"):
+        if path.stem == "index" or ".ipynb_checkpoints" in path.parts: continue
+        line = next((line[2:] for line in "".join(cells(path)[0]["source"]).splitlines() if line.startswith("> ")), "")
+        name = path.relative_to(ROOT/"nbs").with_suffix("").as_posix()
+        assert f"| [`{name}`](../{name}.ipynb) | {line} |" in whole, f"run nbs/howto/notebooks.ipynb: {name}"
+        assert "/" in name or line in README, f"run nbs/index.ipynb, then make readme: {name}"
+
+
+# --- sentences of studies/results, studies/scaling and checks/trust
 
 def test_every_recipe_of_the_ablation_is_in_the_table(found): assert set(ABLATION) <= set(found.index) and found.seeds.min() >= 3
 
