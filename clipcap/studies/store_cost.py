@@ -85,7 +85,7 @@ class Rows(Dataset):
 
     def __getitem__(self, n): return {"image": self.names[n], "embedding": self.rows[n], "input_ids": self.captions[n]}
 
-
+# %% ../../nbs/studies/store_cost.ipynb #87b294f2
 def make_loaders(
     dataset: StoreDataset,  # a store whose captions are tokenized
     batch_size: int,  # items per batch
