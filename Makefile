@@ -6,23 +6,23 @@
 # make soak     hundreds of random cases; result in outputs/soak.txt
 # make test-cluster   a Ray cluster of two nodes, one of which is killed; installs the extra `cluster` first
 # make real     three seeds on real photographs, table in outputs/real.csv
-# make flickr8k the original at full size: downloads what is missing, wants a GPU; PRESET and RUN are flickr8k
+# make flickr8k the reference recipe at full size: downloads what is missing, needs a GPU; PRESET and RUN are flickr8k
 # make full-size-check   the same road with random weights of full size and 64 photos, minutes on 2 cores
-# make benchmark   training step and captioning against the original's loop and the machine's limit, full size
+# make benchmark   training step and captioning compared with the reference recipe's loop and the machine's limit, full size
 # make ablation  one change at a time on real photographs, SEEDS and WORKERS; table in outputs/ablation.csv, continued
 # make search SPACE="num_layers=1,2,4 learning_rate=1e-5..1e-3:log epochs=5"   hyperparameters by optuna, WORKERS on this
 #                machine; the same command elsewhere, on the same STORAGE, joins: nbs/studies/search.ipynb
 # make planning  hours, memory, disk and network for up to 400 million photos: arithmetic; measures JPEG decoding anew
 # make store-check   a store of 2 million embeddings: memory, items a second, first batch; table in outputs/store.csv
 # make scaling   one process and two, training and embedding at full size; table in outputs/scaling.csv
-# make compare RUNS="demo other"   runs side by side, with intervals, tests and yardsticks
-# make verify   does RUN still hold what it recorded? files, inputs, scores from its captions
-# make faults   kill, fill up, take away, run twice: every stage, for real; table in outputs/faults.csv
+# make compare RUNS="demo other"   runs side by side, with intervals, tests and baselines
+# make verify   RUN's files, inputs and scores, compared with what it recorded
+# make faults   every stage killed, without disk space, without a file, started twice; table in outputs/faults.csv
 # make replaced models, data, settings, code replaced before every stage and command; table in outputs/replaced.csv, ten minutes;
 #                ONLY="setting num_beams" makes one row of it
-# make faithful is what 06_attention shows true? deletion, insertion and pointing, on RUN
-# make fuzz     random files against everything that reads one, SECONDS each; finds in outputs/fuzz. Installs atheris first
-# make mutation  small faults, one at a time: do the tests notice? NUMBER per module; table in outputs/mutation.csv, continued
+# make faithful tests of RUN's heat maps: deletion, insertion and pointing
+# make fuzz     random files for every reader, SECONDS each; finds in outputs/fuzz. Installs atheris first
+# make mutation  small faults in the code, one at a time, and the tests that notice them, NUMBER per module; table in outputs/mutation.csv, continued
 # make mini     draw the embedded scenes and train the miniature backbones anew
 # make export   notebooks -> clipcap/ and README.md
 # make lab      JupyterLab
@@ -78,7 +78,7 @@ $(VENV)/cluster: $(VENV)/installed
 	$(if $(LOCKED),,$(BIN)/python -m pip install --quiet --editable ".[cluster]")
 	@touch $@
 
-# Kaggle's or the original's layout; an encoder's embeddings; a local causal language model
+# Kaggle's or Flickr8k's own layout; an encoder's embeddings; a local causal language model
 DATA_ROOT ?= ../shared/flickr8k
 EMBEDDINGS ?= ../shared/real/photos.safetensors
 GPT2_MODEL ?= ../shared/real/gpt2-captions
@@ -188,6 +188,8 @@ readme:
 		--output-dir . --output README --NbConvertApp.output_files_dir=outputs/readme \
 		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=hide \
 		--TagRemovePreprocessor.remove_input_tags=hide-input
+	sed -E -i.old -e 's|!\[png\]\((.*/)(.*)\.png\)|![\2](\1\2.png)|' -e 's/[[:space:]]+$$//' README.md
+	cat -s README.md | sed -e '$${/^$$/d;}' > README.md.old && mv README.md.old README.md
 
 lab: $(VENV)/installed
 	$(BIN)/jupyter lab nbs

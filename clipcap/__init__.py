@@ -8,7 +8,7 @@ __all__ = []
 # %% ../nbs/index.ipynb #07adbd00
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {  # where each public name is defined; imported when it is first used
     "Config": "core", "PRESETS": "core", "Run": "core", "make_config": "core", "open_run": "core",

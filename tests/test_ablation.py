@@ -12,7 +12,7 @@ from clipcap.studies.ablation import (ABLATION, COLUMNS, SCALED, branch_run, cha
                                       plot_interaction, preset_evidence, random_search, read_results, run_name, summarize, sweep,
                                       training_key, write_results)
 
-OTHER_WRITING = {"original", "flickr8k_plus", "self-critical", "start token given", "greedy", "nucleus", "length penalty", "no repeated trigram",
+OTHER_WRITING = {"reference recipe", "flickr8k_plus", "self-critical", "start token given", "greedy", "nucleus", "length penalty", "no repeated trigram",
                  "minimum Bayes risk", "consensus", "regression over diverse beams", "regression and likelihood", "ensemble of three"}
 
 
@@ -29,7 +29,7 @@ def test_every_recipe_is_possible(recipe): make_config("flickr8k", **{**SCALED, 
 
 
 def test_a_change_is_written_as_on_a_command_line():
-    assert change_text(ABLATION["larger steps"]) == "accumulate=4" and change_text({}) == "none"
+    assert change_text(ABLATION["4 batches per step"]) == "accumulate=4" and change_text({}) == "none"
 
 
 def test_names_in_braces_are_filled_in():
@@ -53,16 +53,16 @@ def test_names_of_runs_are_folders_of_their_own():
 
 def test_recipes_that_only_write_otherwise_share_a_training():
     def key(recipe): return training_key("flickr8k", {**SCALED, **ABLATION[recipe], "seed": 1})
-    assert {recipe for recipe in ABLATION if key(recipe) == key("original")} == OTHER_WRITING
+    assert {recipe for recipe in ABLATION if key(recipe) == key("reference recipe")} == OTHER_WRITING
     assert len({*map(key, ABLATION)}) == len(ABLATION) - len(OTHER_WRITING) + 1 - 3  # and three that rank what another one writes
     assert training_key("flickr8k", {**SCALED, "scst_epochs": 3, "start_token": "given"}) == training_key("flickr8k", SCALED)
 
 
 def test_jobs_are_grouped_by_training_and_ensembles_come_last():
-    recipes = {"both": dict(ensemble="x-{seed}"), "original": {}, "greedy": dict(num_beams=1), "deep": dict(num_layers=9), "patches": dict(embeddings="{grid}")}
+    recipes = {"both": dict(ensemble="x-{seed}"), "reference recipe": {}, "greedy": dict(num_beams=1), "deep": dict(num_layers=9), "patches": dict(embeddings="{grid}")}
     groups, failed = group_jobs(recipes, [1, 2], {("deep", 1)}, "flickr8k", dict(epochs=1), "a", {})
     assert [[job.name for job in jobs] for jobs in groups] == [
-        ["a-original-1", "a-greedy-1"], ["a-original-2", "a-greedy-2"], ["a-deep-2"], ["a-both-1"], ["a-both-2"]]
+        ["a-reference-recipe-1", "a-greedy-1"], ["a-reference-recipe-2", "a-greedy-2"], ["a-deep-2"], ["a-both-1"], ["a-both-2"]]
     assert failed == dict.fromkeys(["a-patches-1", "a-patches-2"], "it wants a file of 'grid', which was not passed")
     assert groups[3][0].settings == dict(epochs=1, ensemble="x-1", seed=1)
 
@@ -86,31 +86,31 @@ def test_a_branch_holds_what_the_training_left(tmp_path):
 # --- the table
 
 def test_results_stay_but_those_of_a_recipe_that_has_changed(tmp_path):
-    recipes = {"original": {}, "greedy": dict(num_beams=1)}
+    recipes = {"reference recipe": {}, "greedy": dict(num_beams=1)}
     rows = [dict.fromkeys(COLUMNS, 0.123456) | dict(recipe=recipe, change=change, seed=seed) for recipe, change, seed in
-            (("removed", "views=4", 1), ("greedy", "num_beams=1", 2), ("greedy", "num_beams=3", 1), ("original", "none", 1))]
+            (("removed", "views=4", 1), ("greedy", "num_beams=1", 2), ("greedy", "num_beams=3", 1), ("reference recipe", "none", 1))]
     write_results(tmp_path/"table.csv", rows, recipes)
     found = read_results(tmp_path/"table.csv", recipes)
-    assert [(row["recipe"], row["seed"], row["cider"]) for row in found] == [("original", 1, 0.1235), ("greedy", 2, 0.1235), ("removed", 1, 0.1235)]
+    assert [(row["recipe"], row["seed"], row["cider"]) for row in found] == [("reference recipe", 1, 0.1235), ("greedy", 2, 0.1235), ("removed", 1, 0.1235)]
     assert read_results(tmp_path/"none.csv", recipes) == []
 
 
 @pytest.mark.slow
 def test_a_sweep_runs_what_is_missing_and_names_what_fails(outputs, spice, tiny, tmp_path):
     _, config = tiny()
-    recipes = {"original": {}, "greedy": dict(num_beams=1), "impossible": dict(num_heads=3), "elsewhere": dict(embeddings="{nowhere}")}
+    recipes = {"reference recipe": {}, "greedy": dict(num_beams=1), "impossible": dict(num_heads=3), "elsewhere": dict(embeddings="{nowhere}")}
     base = dict(epochs=1, max_length=24, data_root=config.data_root, embeddings=config.embeddings, split="random")
     results, failed = sweep(recipes, [1], tmp_path/"table.csv", "mini", base, "a")
     assert sorted(failed) == ["a-elsewhere-1", "a-impossible-1"], failed
-    assert results.change.tolist().count("no model") == 2 and {"original", "greedy"} <= {*results.recipe} and len(results) == 4
+    assert results.change.tolist().count("no model") == 2 and {"reference recipe", "greedy"} <= {*results.recipe} and len(results) == 4
     assert "it wants a file of 'nowhere'" in failed["a-elsewhere-1"]
     assert "num_heads=3 does not divide" in failed["a-impossible-1"]
-    weights = [(Run(name).path/"checkpoints/mapping_network_epoch_1.pth").read_bytes() for name in ("a-original-1", "a-greedy-1")]
+    weights = [(Run(name).path/"checkpoints/mapping_network_epoch_1.pth").read_bytes() for name in ("a-reference-recipe-1", "a-greedy-1")]
     assert weights[0] == weights[1] and Run("a-greedy-1").manifest["config"]["num_beams"] == 1
     cider = json.loads((Run("a-greedy-1").path/"scores_test.json").read_text())["corpus"]["cider"]
     assert results.set_index("recipe").cider["greedy"] == pytest.approx(cider, abs=1e-4)
     before = (tmp_path/"table.csv").read_bytes()
-    again, _ = sweep({name: recipes[name] for name in ("original", "greedy")}, [1], tmp_path/"table.csv", "mini", base, "a")
+    again, _ = sweep({name: recipes[name] for name in ("reference recipe", "greedy")}, [1], tmp_path/"table.csv", "mini", base, "a")
     assert (tmp_path/"table.csv").read_bytes() == before and len(again) == 4
 
 
@@ -128,13 +128,13 @@ def test_half_an_interval_is_the_quantile_of_students_t(freedom, quantile):  # q
 
 
 def test_differences_are_taken_seed_by_seed():
-    found = summarize(table_of(original=[1., 2, 3], better=[1.5, 2.6, 3.4]))
-    assert found.index.tolist() == ["better", "original"] and found.difference["better"] == pytest.approx(0.5)
-    assert found.difference_low["better"] > 0 and found.low["better"] < found.cider["original"]  # the seeds' own luck is gone
+    found = summarize(table_of(**{"reference recipe": [1., 2, 3]}, better=[1.5, 2.6, 3.4]))
+    assert found.index.tolist() == ["better", "reference recipe"] and found.difference["better"] == pytest.approx(0.5)
+    assert found.difference_low["better"] > 0 and found.low["better"] < found.cider["reference recipe"]  # the seeds' own luck is gone
 
 
 def test_a_preset_cites_the_row_of_each_change():
-    results = table_of(**{"original": [1., 2, 3], "GPT-2 tuned": [1.5, 2.6, 3.4], "flickr8k_plus": [0.5, 3, 4]})
+    results = table_of(**{"reference recipe": [1., 2, 3], "GPT-2 tuned": [1.5, 2.6, 3.4], "flickr8k_plus": [0.5, 3, 4]})
     evidence = preset_evidence("flickr8k_tuned", results)
     assert set(evidence.index) == set(preset_changes("flickr8k_tuned"))
     assert evidence.loc["gpt2_tuning", ["row", "flickr8k", "flickr8k_tuned", "helps"]].tolist() == ["GPT-2 tuned", "none", "full", "yes"]
@@ -153,7 +153,7 @@ def test_an_interaction_is_drawn_without_the_baselines():
 
 
 def test_recipes_are_drawn_with_their_seeds_and_baselines():
-    figure = plot_ablation(table_of(original=[1., 2, 3], better=[1.5, 2.6, 3.4]), baselines={"no model": 0.3})
+    figure = plot_ablation(table_of(**{"reference recipe": [1., 2, 3]}, better=[1.5, 2.6, 3.4]), baselines={"no model": 0.3})
     ax, = figure.axes
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["original", "better"] and "no model: 0.30" in [t.get_text() for t in ax.texts]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["reference recipe", "better"] and "no model: 0.30" in [t.get_text() for t in ax.texts]
     plt.close(figure)

@@ -291,7 +291,7 @@ def _same_training(study, preset, base, settings):
 
 # %% ../../nbs/studies/search.ipynb #bed75bfc
 class _Worker:
-    "What takes trials of a study, one at a time; optuna calls it with a trial."
+    "Takes trials of a study, one at a time; optuna calls it with a trial."
 
     def __init__(self, study, trials, space, run, pause):
         self.study, self.trials, self.space, self.run, self.pause, self.current = study, trials, space, run, pause, None

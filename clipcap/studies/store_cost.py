@@ -29,7 +29,7 @@ from ..formats.tokenizer import encode_captions, load_tokenizer
 # %% ../../nbs/studies/store_cost.ipynb #719d845a
 def write_synthetic(
     path: str | Path,  # folder of the store
-    rows: int,
+    rows: int,  # how many
     dtype: str,  # "float32" or "float16"
     dim: int = 512,  # numbers per row
 ):
@@ -58,7 +58,7 @@ def peak_memory() -> float:  # MiB
 
 def read_epoch(
     path: str | Path,  # folder of a store
-    batch_size: int,
+    batch_size: int,  # items per batch
     window: int,  # blocks
 ) -> tuple[StoreDataset, dict]:  # the training split; what was measured
     "Read one epoch, and measure memory and time."
@@ -74,16 +74,21 @@ def read_epoch(
 class Rows(Dataset):
     "Rows and captions in memory."
 
-    def __init__(self, rows, names, captions): self.rows, self.names, self.captions = rows, names, captions
+    def __init__(
+        self,
+        rows: torch.Tensor,  # (N, D) embeddings
+        names: list[str],  # N image names
+        captions: list,  # N captions: text, or token ids
+    ): self.rows, self.names, self.captions = rows, names, captions
 
     def __len__(self): return len(self.names)
 
     def __getitem__(self, n): return {"image": self.names[n], "embedding": self.rows[n], "input_ids": self.captions[n]}
 
-
+# %% ../../nbs/studies/store_cost.ipynb #87b294f2
 def make_loaders(
     dataset: StoreDataset,  # a store whose captions are tokenized
-    batch_size: int,
+    batch_size: int,  # items per batch
     items: int,  # of an epoch of the loaders in memory
 ) -> dict:  # name -> function that returns an iterable of batches
     "Return loaders of the same rows and captions."
@@ -111,7 +116,7 @@ def make_loaders(
 def item_rates(
     loaders: dict,  # from `make_loaders`
     items: int,  # that each must yield; those that tokenize a fifth
-    repeats: int,
+    repeats: int,  # rounds; the best counts
 ) -> dict[str, float]:  # items per second
     "Time loaders in turns; return the best rate of each."
     best = dict.fromkeys(loaders, 0)
@@ -127,10 +132,10 @@ def item_rates(
 # %% ../../nbs/studies/store_cost.ipynb #0233aca2
 def read_in_child(
     path: str | Path,  # folder of a store
-    batch_size: int,
+    batch_size: int,  # items per batch
     window: int,  # blocks
     repeats: int,  # of each loader; 0: memory alone
-    items: int,
+    items: int,  # that each loader must yield
 ) -> dict:  # what was measured
     "Call `read_epoch` and `item_rates` in a new process."
     code = ("import json, sys; from clipcap.studies.store_cost import item_rates, make_loaders, read_epoch; path, *n = sys.argv[1:]; batch_size, window, repeats, items = map(int, n)\n"
@@ -144,10 +149,10 @@ def read_in_child(
 
 def measure_store(
     folder: str | Path,  # where the store is written, and removed
-    rows: int,
+    rows: int,  # how many
     dtype: str,  # "float32" or "float16"
     repeats: int = 0,  # of each loader; 0: memory alone
-    batch_size: int = 256,
+    batch_size: int = 256,  # items per batch
     window: int = 256,  # blocks
 ) -> dict:  # a row of the table
     "Write a store, read it in another process, remove it."
