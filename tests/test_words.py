@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 UNIT = (r"(?:%|ms|µs|s|seconds?|minutes?|hours?|[kKMGT]i?B|(?:mega|giga|kilo)?bytes?|FLOPs?|photos?|images?|captions?|tokens|items|steps?|samples|"
-        r"draws|words|times|once|twice|pairs|batches|vectors?|embeddings|parameters|candidates|references|calls|rows|lines|errors|objects)")
+        r"draws|words|times|once|twice|pairs|batches|vectors?|embeddings|parameters|candidates|references|rows|lines|errors|objects)")
 EACH = (r"an? (?:second|minute|hour|day|caption|photo|image|token|step|batch|epoch|item|word|run|seed|process|GPU|node|module|machine|worker|shard|"
         r"layer|patch|trial)")
 THING = r"(?:code|command|terminal|function|notebook|cell|message|error|page|table|report|protocol|file|network|model|it)"
@@ -24,7 +24,7 @@ BANNED = {
     r"\b(?:refus\w+|handled|reject\w+|told|sa(?:id|ys?)|answer\w+|report\w+|stop\w*|fail\w*|end\w*|explain\w*)(?: or \w+)? in words\b":
         "raises `ValueError` that names …",
     r"\bby chance\b": "at random, sampled",
-    r"\b[Tt]he original(?:'s)?\b(?! (?:file|image|photo|order|name|size|paper|resolution|weights|layout|error|exception))|\b[Bb]eyond the original\b":
+    r"\b[Tt]he original(?:'s)?\b(?! (?:file|image|photo|order|name|size|archive|paper|resolution|weights|layout|error|exception))|\b[Bb]eyond the original\b":
         "the reference recipe",
     r"\b(?:is|are|was|were|be) asked of\b": "needs, must",
     r"\b[Yy]ardsticks?\b": "baseline, control",
