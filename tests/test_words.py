@@ -85,7 +85,7 @@ def files(*folders):
     "Lists the notebooks, modules and pages of files and folders."
     for folder in map(Path, folders or (ROOT/"nbs", ROOT/"clipcap", ROOT/"README.md")):
         for path in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
-            if path.suffix in (".ipynb", ".py", ".md") and path.name != "_modidx.py" and ".ipynb_checkpoints" not in path.parts: yield path
+            if path.suffix in (".ipynb", ".py", ".md", ".jinja") and path.name != "_modidx.py" and ".ipynb_checkpoints" not in path.parts: yield path
 
 
 def listing(*folders):
