@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from fastcore.basics import patch
 from PIL import Image
 
 from ..attention import crop_photo, explain, no_photo_maps
@@ -122,18 +123,20 @@ class Session:
         images = preprocess_photos([photo], self.model.preprocess)
         return crop_photo(photo, self.model.preprocess), explain(self.model, images, [text])[0]
 
-    def word_map(
-        self,
-        path: str,  # of the photo
-        caption: Caption,  # of the photo
-        number: int,  # of the word in the caption, from 0
-    ) -> tuple[Image.Image, float]:  # heat map; largest relevance of the word as a fraction of the caption's largest
-        "Draw the heat map of a word. Raises `ValueError` if there are no maps."
-        if self.no_maps: raise ValueError(f"No maps of the photo: {self.no_maps}")
-        photo, explanation = self.explanation(path, caption.text)
-        if explanation.words != [word for word, _ in caption.words]: raise ValueError("the words of this caption can't be told apart; choose another")
-        relevance, largest = explanation.photo[number], explanation.photo.max().clamp(min=1e-30)
-        return heat_map(photo, (relevance/relevance.max().clamp(min=1e-30)).numpy()), float(relevance.max()/largest)
+# %% ../../nbs/apps/demo.ipynb #89a13435
+@patch
+def word_map(
+    self: Session,
+    path: str,  # of the photo
+    caption: Caption,  # of the photo
+    number: int,  # of the word in the caption, from 0
+) -> tuple[Image.Image, float]:  # heat map; largest relevance of the word as a fraction of the caption's largest
+    "Draw the heat map of a word. Raises `ValueError` if there are no maps."
+    if self.no_maps: raise ValueError(f"No maps of the photo: {self.no_maps}")
+    photo, explanation = self.explanation(path, caption.text)
+    if explanation.words != [word for word, _ in caption.words]: raise ValueError("the words of this caption can't be told apart; choose another")
+    relevance, largest = explanation.photo[number], explanation.photo.max().clamp(min=1e-30)
+    return heat_map(photo, (relevance/relevance.max().clamp(min=1e-30)).numpy()), float(relevance.max()/largest)
 
 # %% ../../nbs/apps/demo.ipynb #21a23ddf
 def _take_uploads(photo):

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -114,27 +115,33 @@ class Embeddings:
                              "encode it again")
         return value
 
-    def digest(self) -> str:  # 64 hexadecimal digits
-        "Return the SHA-256 of names and rows, in order."
-        digest = hashlib.sha256(json.dumps(self.names).encode())
-        for rows in self._slices:
-            for start in range(0, rows.get_shape()[0], step := 4096//(self.tokens or 1) or 1):
-                digest.update(rows[start:start + step].float().numpy().tobytes())
-        return digest.hexdigest()
+# %% ../../nbs/formats/embeddings.ipynb #63a0b8fa
+@patch
+def digest(self: Embeddings) -> str:  # 64 hexadecimal digits
+    "Return the SHA-256 of names and rows, in order."
+    digest = hashlib.sha256(json.dumps(self.names).encode())
+    for rows in self._slices:
+        for start in range(0, rows.get_shape()[0], step := 4096//(self.tokens or 1) or 1):
+            digest.update(rows[start:start + step].float().numpy().tobytes())
+    return digest.hexdigest()
 
-    def stack(
-        self,
-        names,  # N image names
-    ) -> torch.Tensor:  # (N, D) or (N, T, D), float32
-        "Return the embeddings of several images in the order of `names`."
-        return torch.stack([self[name] for name in names])
 
-    def pooled(
-        self,
-        names,  # N image names
-    ) -> torch.Tensor:  # (N, D) float32
-        "Return one vector per image: the only one, or the mean of its vectors."
-        return torch.stack([self[name].reshape(-1, self.dim).mean(0) for name in names])
+@patch
+def stack(
+    self: Embeddings,
+    names,  # N image names
+) -> torch.Tensor:  # (N, D) or (N, T, D), float32
+    "Return the embeddings of several images in the order of `names`."
+    return torch.stack([self[name] for name in names])
+
+
+@patch
+def pooled(
+    self: Embeddings,
+    names,  # N image names
+) -> torch.Tensor:  # (N, D) float32
+    "Return one vector per image: the only one, or the mean of its vectors."
+    return torch.stack([self[name].reshape(-1, self.dim).mean(0) for name in names])
 
 # %% ../../nbs/formats/embeddings.ipynb #6b106ea4
 def data_hash(

@@ -425,24 +425,28 @@ class EmbeddingStore:
         "Return the embeddings file of a shard."
         return self.path/self.shards[shard]["file"]
 
-    def map(
-        self,
-        shard: int,  # number of the shard, from 0
-    ) -> np.ndarray:  # (N, …), read-only
-        "Memory-map the rows of a shard."
-        return np.memmap(self.file(shard), self.dtype, "r", self.shards[shard]["offset"], (self.shards[shard]["rows"], *self.shape))
+# %% ../../nbs/formats/store.ipynb #10934dfd
+@patch
+def map(
+    self: EmbeddingStore,
+    shard: int,  # number of the shard, from 0
+) -> np.ndarray:  # (N, …), read-only
+    "Memory-map the rows of a shard."
+    return np.memmap(self.file(shard), self.dtype, "r", self.shards[shard]["offset"], (self.shards[shard]["rows"], *self.shape))
 
-    def read(
-        self,
-        shard: int,  # number of the shard, from 0
-        start: int,  # first row to copy
-        out: np.ndarray,  # (n, …) gets n rows; in the store's dtype
-    ):
-        "Copy rows of a shard into an array. Raises `ValueError` if the file is too short."
-        with open(self.file(shard), "rb", buffering=0) as file:
-            file.seek(self.shards[shard]["offset"] + start*out[:1].nbytes)
-            if file.readinto(out.reshape(-1).view(np.uint8)) != out.nbytes:
-                raise ValueError(f"{self.file(shard)} ends before row {start + len(out)}; write it again, then run index_store")
+
+@patch
+def read(
+    self: EmbeddingStore,
+    shard: int,  # number of the shard, from 0
+    start: int,  # first row to copy
+    out: np.ndarray,  # (n, …) gets n rows; in the store's dtype
+):
+    "Copy rows of a shard into an array. Raises `ValueError` if the file is too short."
+    with open(self.file(shard), "rb", buffering=0) as file:
+        file.seek(self.shards[shard]["offset"] + start*out[:1].nbytes)
+        if file.readinto(out.reshape(-1).view(np.uint8)) != out.nbytes:
+            raise ValueError(f"{self.file(shard)} ends before row {start + len(out)}; write it again, then run index_store")
 
 # %% ../../nbs/formats/store.ipynb #cf184113
 @patch

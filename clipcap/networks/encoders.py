@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from fastcore.basics import patch
 from PIL import Image
 from torch import nn
 
@@ -126,19 +127,6 @@ class LibraryEncoder(nn.Module):
         try: self._measure()
         except Exception as error: raise ValueError(f"{setting} is a {type(network).__name__}, which can't be used as an image encoder: {error!s:.300}") from None
 
-    @torch.no_grad()
-    def _measure(self):
-        "Encode a blank photo to determine the sizes."
-        blank = self.preprocess(Image.new("RGB", (48, 32), "gray"))[None]
-        seen = self.encode(blank)
-        if not torch.is_tensor(seen) or seen.ndim != 2 or not seen.isfinite().all(): raise ValueError("it gives no vector of finite numbers for a photo")
-        self.dim, self.tokens, self.before, self.no_patches = seen.shape[1], None, None, ""
-        try: patches = self.patches(blank)
-        except Exception as error: self.no_patches = f"{error!s:.200}"
-        else:
-            if patches.shape[2] == self.dim: self.tokens, self.before = patches.shape[1], self.class_tokens() or None
-            else: self.no_patches = f"its patches have {patches.shape[2]} numbers, and its embedding {self.dim}"
-
     def encode(
         self,
         images: torch.Tensor,  # (B, 3, H, W), preprocessed
@@ -159,6 +147,21 @@ class LibraryEncoder(nn.Module):
     ) -> torch.Tensor:  # (N, D)
         "Raise `ValueError`: subclasses with a text encoder override this."
         raise ValueError(f"{self.setting} sees photos and reads no texts")
+
+# %% ../../nbs/networks/encoders.ipynb #5356adc1
+@patch
+@torch.no_grad()
+def _measure(self: LibraryEncoder):
+    "Encode a blank photo to determine the sizes."
+    blank = self.preprocess(Image.new("RGB", (48, 32), "gray"))[None]
+    seen = self.encode(blank)
+    if not torch.is_tensor(seen) or seen.ndim != 2 or not seen.isfinite().all(): raise ValueError("it gives no vector of finite numbers for a photo")
+    self.dim, self.tokens, self.before, self.no_patches = seen.shape[1], None, None, ""
+    try: patches = self.patches(blank)
+    except Exception as error: self.no_patches = f"{error!s:.200}"
+    else:
+        if patches.shape[2] == self.dim: self.tokens, self.before = patches.shape[1], self.class_tokens() or None
+        else: self.no_patches = f"its patches have {patches.shape[2]} numbers, and its embedding {self.dim}"
 
 # %% ../../nbs/networks/encoders.ipynb #8ee759a8
 HUB_ENCODERS = {  # model_type of transformers -> class, and whether a class token precedes the patches
@@ -222,22 +225,6 @@ class HubEncoder(LibraryEncoder):
 
     def _image_features(self, images): return getattr(self.network, "get_image_features", self.network)(pixel_values=images)
 
-    def embed(
-        self,
-        images: torch.Tensor,  # (B, 3, H, W), preprocessed
-    ) -> torch.Tensor:  # (B, D)
-        "Return one vector per image."
-        seen = self._image_features(images)
-        return seen.pooler_output if getattr(seen, "image_embeds", None) is None else seen.image_embeds
-
-    def patches(
-        self,
-        images: torch.Tensor,  # (B, 3, H, W), preprocessed
-    ) -> torch.Tensor:  # (B, T, D)
-        "Return one vector per patch."
-        hidden = self._image_features(images).last_hidden_state[:, self.first:]
-        return self.network.visual_projection(self.visual.post_layernorm(hidden)) if hasattr(self.network, "visual_projection") else hidden
-
     def encode_texts(
         self,
         texts: list[str],  # N texts
@@ -249,6 +236,26 @@ class HubEncoder(LibraryEncoder):
         read = self.tokenizer(texts, padding="max_length", max_length=sizes.max_position_embeddings, truncation=True, return_tensors="pt").to(device)
         known = {name: read[name] for name in ("input_ids", "attention_mask") if name in read}
         return self.network.get_text_features(**known).pooler_output
+
+# %% ../../nbs/networks/encoders.ipynb #bf4debc1
+@patch
+def embed(
+    self: HubEncoder,
+    images: torch.Tensor,  # (B, 3, H, W), preprocessed
+) -> torch.Tensor:  # (B, D)
+    "Return one vector per image."
+    seen = self._image_features(images)
+    return seen.pooler_output if getattr(seen, "image_embeds", None) is None else seen.image_embeds
+
+
+@patch
+def patches(
+    self: HubEncoder,
+    images: torch.Tensor,  # (B, 3, H, W), preprocessed
+) -> torch.Tensor:  # (B, T, D)
+    "Return one vector per patch."
+    hidden = self._image_features(images).last_hidden_state[:, self.first:]
+    return self.network.visual_projection(self.visual.post_layernorm(hidden)) if hasattr(self.network, "visual_projection") else hidden
 
 # %% ../../nbs/networks/encoders.ipynb #0a5c4b6c
 def _hub_tokenizer(path, setting, vocabulary):
@@ -335,20 +342,22 @@ class OpenClipEncoder(LibraryEncoder):
         found = visual.forward_intermediates(images, indices=1, normalize_intermediates=True, output_fmt="NLC")["image_intermediates"][-1]
         return found if getattr(visual, "proj", None) is None else found @ visual.proj
 
-    def encode_texts(
-        self,
-        texts: list[str],  # N texts
-    ) -> torch.Tensor:  # (N, D)
-        "Encode texts with the model's own tokenizer. Raises `ValueError` if it is missing."
-        import open_clip
-        if self.tokenizer is None:
-            try: tokenizer = open_clip.get_tokenizer(self.name)
-            except Exception as error: raise ValueError(f"{self.setting} has no tokenizer that can be loaded ({error!s:.200})") from None
-            known = getattr(self.network, "vocab_size", None) or getattr(getattr(self.network, "text", None), "vocab_size", None)
-            size = getattr(tokenizer, "vocab_size", None) or len(tokenizer.tokenizer)
-            if known and size > known: raise ValueError(f"{self.setting}: its tokenizer has {size} tokens, and its text encoder {known}")
-            self.tokenizer = tokenizer
-        return self.network.encode_text(self.tokenizer(texts).to(next(self.network.parameters()).device))
+# %% ../../nbs/networks/encoders.ipynb #1aa25b6e
+@patch
+def encode_texts(
+    self: OpenClipEncoder,
+    texts: list[str],  # N texts
+) -> torch.Tensor:  # (N, D)
+    "Encode texts with the model's own tokenizer. Raises `ValueError` if it is missing."
+    import open_clip
+    if self.tokenizer is None:
+        try: tokenizer = open_clip.get_tokenizer(self.name)
+        except Exception as error: raise ValueError(f"{self.setting} has no tokenizer that can be loaded ({error!s:.200})") from None
+        known = getattr(self.network, "vocab_size", None) or getattr(getattr(self.network, "text", None), "vocab_size", None)
+        size = getattr(tokenizer, "vocab_size", None) or len(tokenizer.tokenizer)
+        if known and size > known: raise ValueError(f"{self.setting}: its tokenizer has {size} tokens, and its text encoder {known}")
+        self.tokenizer = tokenizer
+    return self.network.encode_text(self.tokenizer(texts).to(next(self.network.parameters()).device))
 
 # %% ../../nbs/networks/encoders.ipynb #9927f85f
 def _open_clip_config(open_clip, name, setting):

@@ -116,7 +116,7 @@ def packed_attention(
     else: mixed, _ = fused(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout)
     return mixed.flatten(0, 1).index_select(0, place)[None], None
 
-
+# %% ../../nbs/networks/packing.ipynb #a81e2e3e
 def pack_attention(
     model: nn.Module,  # causal LM from transformers; changed in place
 ) -> nn.Module:  # the same model
