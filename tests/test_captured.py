@@ -87,6 +87,6 @@ def test_a_run_that_is_not_finite_stops_at_the_end_of_its_epoch_and_lists_the_ba
 def test_what_can_not_be_recorded_runs_without():
     "Here there is no GPU to record on."
     double = Recorded(lambda x: 2*x, torch.device("cpu"))
-    double.records, double._there = True, lambda tensor: tensor
+    double.records, double._to_device = True, lambda tensor: tensor
     with pytest.warns(UserWarning, match="can't be recorded as a CUDA graph"): assert double(x=torch.ones(2)).tolist() == [2, 2]
     assert double(x=torch.zeros(2)).tolist() == [0, 0]  # and says so once

@@ -70,7 +70,7 @@ def test_a_shared_card_names_an_encoder_without_its_place(tmp_path):
     assert str(tmp_path) not in card and "| hf:siglip |" in card and "CIDEr | 1.500" in card and "How to use it" in card and "How to verify" not in card
 
 
-@pytest.mark.parametrize("part", ["CIDEr | 1.500 | 1.250 to 1.750", "BLEU-4 | 0.250", "Not measured: SPICE (OSError: no Java)", "8 photos", "cd"*32, "a frozen GPT-2",
+@pytest.mark.parametrize("part", ["CIDEr | 1.500 | 1.250 to 1.750", "BLEU-4 | 0.250", "Not measured: SPICE (OSError: no Java)", "8 images", "cd"*32, "a frozen GPT-2",
                                   "learning\\_rate | 0.001 | 1e-05", "clipcap verify 'my run'", "split test, tokenization ptb, images 2", "drawn scenes, not photographs"])
 def test_card_holds(card, part): assert part in card
 

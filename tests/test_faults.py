@@ -7,14 +7,14 @@ import pytest
 from conftest import ROOT
 
 from clipcap.checks.children import MODULES, stage_code
-from clipcap.checks.faults import AT, FAULTS, Ground, differences, half_written, provoke, strays
+from clipcap.checks.faults import AT, FAULTS, RunStates, differences, half_written, provoke, strays
 from clipcap.core import STAGES
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory):
+def states(tmp_path_factory):
     "A small run, before and after its first three stages."
-    made = Ground(tmp_path_factory.mktemp("faults"), ("01_data", "02_model", "03_train"))
+    made = RunStates(tmp_path_factory.mktemp("faults"), ("01_data", "02_model", "03_train"))
     yield made
     made.server.close()
 
@@ -25,9 +25,9 @@ def ground(tmp_path_factory):
     ("01_data", "two runs on one cache"), ("01_data", "read-only folder"), ("01_data", "file vanishing"), ("02_model", "two runs in one folder"),
     ("02_model", "file vanishing"), ("03_train", "SIGKILL"), ("03_train", "SIGTERM"), ("03_train", "Ctrl-C"), ("03_train", "disk full"),
     ("03_train", "clock going backwards"), ("apps/pipeline", "SIGTERM"), ("apps/pipeline", "two runs in one folder")])
-def test_stage_survives(ground, tmp_path, monkeypatch, stage, fault):
+def test_stage_survives(states, tmp_path, monkeypatch, stage, fault):
     monkeypatch.setenv("CLIPCAP_OUTPUTS", str(tmp_path))
-    outcome = provoke(ground, stage, fault)
+    outcome = provoke(states, stage, fault)
     assert outcome.ok == "yes", dataclasses.asdict(outcome)
 
 

@@ -203,3 +203,43 @@ def test_commands_name_notebooks_that_are_there_and_folders_that_are_made(notebo
     folder = str(Path(out).parent)
     assert (ROOT/notebook).is_file()
     assert folder == "outputs" or f"mkdir -p {folder}\n" in (ROOT/"Makefile").read_text("utf-8")
+
+
+# --- docments
+
+def public_functions(path):
+    "Yields name and node of each function, class and public method that a module exports (its `__all__`)."
+    tree = ast.parse(path.read_text("utf-8"))
+    exported = next((ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"), [])
+    for node in tree.body:
+        patched = isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and any("patch" in ast.unparse(d) for d in node.decorator_list)
+        if not patched and getattr(node, "name", None) not in exported: continue
+        yield node.name, node
+        for inner in node.body if isinstance(node, ast.ClassDef) else []:
+            if isinstance(inner, ast.FunctionDef) and (inner.name == "__init__" or not inner.name.startswith("_")): yield f"{node.name}.{inner.name}", inner
+
+
+def without_docment(node, source):
+    "Lists the parameters of a function that have no comment of their own, in the line where they stand; `Param(...)` of fastcore counts as one."
+    of, lines = node.args, source.splitlines()
+    given = [a for a in [*of.posonlyargs, *of.args, *of.kwonlyargs, of.vararg, of.kwarg] if a and a.arg not in ("self", "cls")]
+    def is_patched(arg): return arg is of.args[0] and any("patch" in ast.unparse(d) for d in node.decorator_list) if of.args else False
+    def documented(arg):
+        alone = sum(other.lineno == arg.lineno for other in given) == 1
+        return alone and "#" in lines[arg.end_lineno - 1][arg.end_col_offset:] or arg.annotation and ast.unparse(arg.annotation).startswith("Param(")
+    return [arg.arg for arg in given if not is_patched(arg) and not documented(arg)]
+
+
+def test_a_parameter_without_a_comment_of_its_own_is_found():
+    source = "@patch\ndef f(\n    self: A,\n    a,  # (N,)\n    b, c,  # two\n    *d,\n    e: Param('help', str),\n): pass\n\n\ndef g(a):  # (N,)\n    pass\n"
+    f, g = ast.parse(source).body
+    assert without_docment(f, source) == ["b", "c", "d"] and not without_docment(g, source)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_exported_functions_have_docstrings_and_docments(path):
+    source, lacking = path.read_text("utf-8"), []
+    for name, node in public_functions(path):
+        if not ast.get_docstring(node) and not name.endswith("__init__"): lacking.append(f"{name}: no docstring")
+        if isinstance(node, ast.FunctionDef): lacking += [f"{name}: {arg}" for arg in without_docment(node, source)]
+    assert not lacking

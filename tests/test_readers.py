@@ -132,7 +132,7 @@ def test_official_lists(tmp_path):
     write_lists(train=["a.jpg", "b.jpg"], val=["c.jpg"], test=["d.jpg"])
     assert official_split(tmp_path) == {"a.jpg": "train", "b.jpg": "train", "c.jpg": "val", "d.jpg": "test"}
     write_lists(test=["d.jpg", "b.jpg"])
-    with fails("b.jpg stands in Flickr_8k.trainImages.txt and in Flickr_8k.testImages.txt"): official_split(tmp_path)
+    with fails("b.jpg is in Flickr_8k.trainImages.txt and in Flickr_8k.testImages.txt"): official_split(tmp_path)
 
 
 FLICKR8K = {"Flickr8k_text/Flickr8k.token.txt": "a.jpg#0\tA dog .\na.jpg#1\tTwo  dogs .\nb.jpg#0\tA cat .\nc.jpg#0\t \n",

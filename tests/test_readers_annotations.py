@@ -108,7 +108,7 @@ def test_karpathys_file_without_raw_text_or_split_is_read(content, row): assert 
     ('{"images": [{"filename"', "dataset_x.json is not JSON"),
     ({"images": []}, "dataset_x.json holds no captions: expected JSON with images"),
     (CHILD, "finds no image for val and test"),
-    (karpathy(("a", "train", "x"), ("b", "val", "x"), ("a", "test", "x")), "1 images stand in several splits, such as a in train and test; keep each in one, or use split='random'"),
+    (karpathy(("a", "train", "x"), ("b", "val", "x"), ("a", "test", "x")), "1 images are in several splits, such as a in train and test; keep each in one, or use split='random'"),
     # found by `make fuzz`
     (image(filename=["a.jpg"]), "dataset_x.json: filename of images[0] is a list; expected JSON"),
     (image(split=[]), "dataset_x.json: split of images[0] is a list; expected JSON"),

@@ -84,7 +84,7 @@ def test_split_of_a_table_is_a_column_or_the_files_name():
     assert [split for *_, split in rows] == ["train", "val", None]
     rows = read_files({"train.csv": "image,caption\na.jpg,A dog\n", "test.csv": "image,caption\nb.jpg,A cat\n"}, official=False)[0]
     assert sorted(rows) == [("a.jpg", "A dog", "train"), ("b.jpg", "A cat", "test")]
-    with fails("holds a.csv, b.csv: several tables, of which not each names a split; name one: data_root=FILE"):
+    with fails("holds a.csv, b.csv: several tables, and some names contain no split; name one: data_root=FILE"):
         read_files({"a.csv": "image,caption\na.jpg,A dog\n", "b.csv": "image,caption\nb.jpg,A cat\n"})
 
 

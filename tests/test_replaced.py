@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from clipcap.apps import pipeline
 from clipcap.checks.replaced import CHANGES, CODE, COMMANDS, INPUTS, attempt, edit_embeddings, edit_json, edit_weights, row, rule, weights_in
-from clipcap.checks.small_runs import Worlds, by_hand, run_pipeline, within
+from clipcap.checks.small_runs import SampleRuns, by_hand, run_pipeline, within
 from clipcap.core import FIELDS, Run
 from clipcap.decoding.load import load_run
 from clipcap.reporting.verify import verify
@@ -25,7 +25,7 @@ FAST = ("tokenizer", "the cache of embeddings", "label of a store", "MappingNetw
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory, scenes, scene_captions):
     "Folders with a small run, made when they are needed."
-    return Worlds(tmp_path_factory.mktemp("replaced"), scenes.photos, scene_captions)
+    return SampleRuns(tmp_path_factory.mktemp("replaced"), scenes.photos, scene_captions)
 
 
 @pytest.fixture

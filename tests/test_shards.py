@@ -260,7 +260,7 @@ def test_ctrl_c_says_how_to_resume(units, out):
     def interrupted(*_):
         raise KeyboardInterrupt
         yield
-    with pytest.raises(KeyboardInterrupt, match="stopped with 1 of 2 shards; the same command goes on from there"): write_shards(anywhere, units, out, interrupted)
+    with pytest.raises(KeyboardInterrupt, match="stopped with 1 of 2 shards; the same command resumes from there"): write_shards(anywhere, units, out, interrupted)
 
 
 def test_folder_with_captions_added_is_a_store(units, writer, out):

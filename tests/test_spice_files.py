@@ -100,9 +100,9 @@ WRONG = {**CONTENT, MODELS: jar({**MEMBERS, "edu/b.gz": b"other"})}
 
 
 @pytest.mark.parametrize("message, kept, how", [
-    ("edu/b.gz is not the file it should be, and was refused: 5 bytes", [CODE, "edu/a.txt"], dict(content=WRONG)),
-    (f"{MODELS} is not the file it should be", [CODE], dict(content=WRONG, ranges=False)),
-    (f"{CODE} is not the file it should be", [], dict(content={**CONTENT, CODE: b"evil"})),
+    ("edu/b.gz is not the expected file and is not used: 5 bytes", [CODE, "edu/a.txt"], dict(content=WRONG)),
+    (f"{MODELS} is not the expected file", [CODE], dict(content=WRONG, ranges=False)),
+    (f"{CODE} is not the expected file", [], dict(content={**CONTENT, CODE: b"evil"})),
     ("IncompleteRead", [], dict(cut=True)), ("404", [], dict(content={}))], ids=["member", "jar", "code", "cut", "empty"])
 def test_wrong_bytes_are_refused_by_name_and_whole_files_kept(serve, message, kept, how):
     serve(**how)
@@ -149,4 +149,4 @@ def test_gathered_folder_is_a_source_itself_and_the_command_names_it(alone, hold
 
 def test_local_maven_repository_with_other_bytes_is_refused(alone, holding):
     holding(alone/"m2"/MAVEN_PATH, length=9)
-    with pytest.raises(SpiceFilesMissing, match="is not the file it should be"): gather_files(files=WANTED)
+    with pytest.raises(SpiceFilesMissing, match="is not the expected file"): gather_files(files=WANTED)

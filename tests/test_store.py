@@ -182,7 +182,7 @@ def flip(path): path.write_bytes((whole := path.read_bytes())[:-1] + bytes([whol
     (lambda p: p.unlink(), "00001.safetensors", "00001.safetensors is missing; put it back", FileNotFoundError),
     (lambda p: p.unlink(), "00002.captions", "00002.captions is missing", FileNotFoundError),
     (cut, "00001.safetensors", "bytes, its index says", ValueError), (cut, "00001.captions", "its index says", ValueError),
-    (flip, "00001.safetensors", "00001.safetensors is not what was indexed", ValueError),
+    (flip, "00001.safetensors", "00001.safetensors has changed since it was indexed", ValueError),
     (lambda p: p.unlink(), INDEX, "is not a store: it has no index.json", FileNotFoundError), (cut, INDEX, "is not JSON", ValueError)], ids=range(7))
 def test_damaged_store_is_named(tmp_path, change, name, text, exc):
     make_store(tmp_path)

@@ -107,5 +107,5 @@ def test_each_character_is_a_token(text, words): assert tokenize({1: [text]}, "c
 @pytest.mark.parametrize("said, expected", [("Fatal error occurred", MemoryError), ("java.lang.OutOfMemoryError: Java heap space", MemoryError), ("something else", RuntimeError)])
 def test_too_little_memory_for_java_is_named_with_the_remedy(monkeypatch, said, expected):
     def fail(data): raise RuntimeError(said)
-    monkeypatch.setattr(tokenization, "_cut", fail)
+    monkeypatch.setattr(tokenization, "_call_tokenizer", fail)
     with pytest.raises(expected, match="CLIPCAP_JAVA_OPTIONS=-Xmx2g" if expected is MemoryError else said): ptb_lines(["a dog"])

@@ -236,7 +236,7 @@ def test_command_prints_a_line_per_epoch_and_names_mistakes(tiny, capsys):
 
 def test_command_that_does_not_find_the_other_processes_ends_in_one_line(outputs, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="^clipcap.train: 2 processes were started .WORLD_SIZE.*; use torchrun with one process a GPU, or device=cpu$"):
+    with pytest.raises(SystemExit, match="^clipcap.train: 2 processes were started .WORLD_SIZE.*; use torchrun with one process per GPU, or device=cpu$"):
         main(["device=cpu"], run="new")
     assert not outputs.exists()
 

@@ -116,7 +116,10 @@ class Candidates:
 class TrainingCaptions:
     "Captions of the training split, as they are and as vectors of CIDEr."
 
-    def __init__(self, data: Data):
+    def __init__(
+        self,
+        data: Data,  # its training split
+    ):
         train = data.split("train")
         by_image = train.assign(words=tokenize({"train": train.caption.tolist()})["train"]).groupby("image")
         self.texts, self.words = by_image.caption.apply(list).to_dict(), by_image.words.apply(list).to_dict()
@@ -134,7 +137,12 @@ class TrainingCaptions:
 class BayesRisk:
     "Score candidates by their mean CIDEr similarity to the others (Kumar & Byrne 2004)."
 
-    def __init__(self, data: Data, config: Config, encode=None): self.training = TrainingCaptions(data)
+    def __init__(
+        self,
+        data: Data,  # of the run
+        config: Config,  # of the run
+        encode=None,  # not used
+    ): self.training = TrainingCaptions(data)
 
     def __call__(self, candidates: Candidates) -> np.ndarray:  # (C,) from 0 to 1
         return agreement(self.training.vectors.similarity(candidates.words), candidates.neighbours or None)
@@ -149,7 +157,12 @@ class Regression(BayesRisk):
     "Score candidates by their expected CIDEr similarity to the image's captions, predicted from its embedding."
     asks_neighbours = True
 
-    def __init__(self, data: Data, config: Config, encode=None):
+    def __init__(
+        self,
+        data: Data,  # of the run
+        config: Config,  # `ridge` is used
+        encode=None,  # not used
+    ):
         super().__init__(data, config)
         self.prepare = RegressionWeights(data, config.ridge)  # (B, clip_dim) -> (B, N) of the training images
         self.expected = ExpectedSimilarity(self.training.vectors, list(self.training.words.values()))
@@ -161,7 +174,12 @@ class Regression(BayesRisk):
 class ClipSimilarity:
     "Score candidates by the cosine of CLIP's embeddings of text and photo."
 
-    def __init__(self, data: Data, config: Config, encode=None):
+    def __init__(
+        self,
+        data: Data,  # of the run
+        config: Config,  # of the run
+        encode=None,  # from `text_encoder`; None: the run has no CLIP
+    ):
         "Raise `ValueError` without a CLIP, or for embeddings of patches."
         if encode is None or data.embeddings.tokens:
             raise ValueError("rerank='clip' needs the CLIP that saw the photos and its one vector of each, and this run was given "

@@ -54,8 +54,8 @@ def _annotation_rows(path):
 # %% ../../nbs/formats/annotations.ipynb #1dc4fbbf
 def read_flickr30k(
     root: Path,  # the data set's folder
-    files: list[Path],  # one of the three
-    left_out: Counter,  # what is left out, by reason
+    files: list[Path],  # captions file; the first is read
+    left_out: Counter,  # gets the number of rows left out, by reason
 ) -> tuple[Callable, Path | None]:  # yields (image, caption, split); folder of photos
     "Read Flickr30k in any of its three files."
     def rows():
@@ -98,7 +98,7 @@ def _only_file(files, why):
 def read_karpathy(
     root: Path,  # the data set's folder
     files: list[Path],  # one JSON file
-    left_out: Counter,  # what is left out, by reason
+    left_out: Counter,  # gets the number of rows left out, by reason
 ) -> tuple[Callable, Folders]:  # yields (image, caption, split); the photos
     "Read Karpathy's JSON of COCO, Flickr8k or Flickr30k."
     file, holds = _only_file(files, "each is a data set of its own"), KARPATHY.holds
@@ -111,7 +111,7 @@ def read_karpathy(
             for caption in captions or [""]: yield image["filename"], caption, split_of(str(image["split"]))
 
     folders = ("train2014", "val2014", "images/train2014", "images/val2014", *FLICKR_PHOTOS, "images", ".")
-    beside = file.parent.relative_to(root)  # photos may be in the folder, or where the file itself is
+    beside = file.parent.relative_to(root)  # photos may be in the data set's folder or beside the JSON file
     return rows, Folders(root, *dict.fromkeys(str(place/name) for place in (Path("."), beside) for name in folders))
 
 # %% ../../nbs/formats/annotations.ipynb #497f0357
@@ -141,9 +141,9 @@ def _coco_rows(file):
 def read_coco(
     root: Path,  # the data set's folder
     files: list[Path],  # captions_train2014.json …
-    left_out: Counter,  # what is left out, by reason
+    left_out: Counter,  # gets the number of rows left out, by reason
 ) -> tuple[Callable, Folders]:  # yields (image, caption, split); the photos
-    "Read COCO's own annotation files, of one year."
+    "Read COCO's own annotation files of one year."
     years = {re.sub(r"\D", "", file.stem) for file in files}
     if len(years) > 1: _only_file(files, "several years, which share photos")
     folders = [f"{part}{year}" for part in ("train", "val", "test") for year in sorted(years)]
@@ -165,13 +165,13 @@ def _tables(*suffixes, metadata=False):
 
 def read_tables(
     root: Path,  # the data set's folder
-    files: list[Path],  # one table, or several whose names are splits
-    left_out: Counter,  # what is left out, by reason
+    files: list[Path],  # one table, or several, each named after a split
+    left_out: Counter,  # gets the number of rows left out, by reason
 ) -> tuple[Callable, Folders]:  # yields (image, caption, split); the photos
     "Read tables of photos and captions; a table called `metadata` names photos relative to its folder."
     places = {file: PurePosixPath(file.relative_to(root).parent if file.stem == "metadata" else "") for file in files}
     parts = {file: split_of(str(file.relative_to(root).with_suffix(""))) for file in files}
-    if len(files) > 1 and files[0].stem != "metadata" and None in parts.values(): _only_file(files, "several tables, of which not each names a split")
+    if len(files) > 1 and files[0].stem != "metadata" and None in parts.values(): _only_file(files, "several tables, and some names contain no split")
 
     def rows():
         for file in files:
@@ -191,14 +191,14 @@ TABLE = Reader(("*.[ctj]s[vo]*",), "any .csv, .tsv or .jsonl", _HOLDS, _BY_NAME,
 
 # %% ../../nbs/formats/annotations.ipynb #f1956625
 def _by_folder(folder):
-    "Yield each folder in a folder, the names of its photos, and those of all its files."
+    "Yield each subfolder, the names of its photos, and the names of all its files."
     for place, folders, names in os.walk(folder):
         folders.sort()
         yield Path(place), sorted(filter(is_photo, names)), [name for name in names if name[0] != "."]
 
 
 def _with_photos(files):
-    "Keep the texts that have a photo of their name beside them."
+    "Keep the text files that have a photo of the same name beside them."
     photos = {parent: {os.path.splitext(name)[0] for name in os.listdir(parent) if is_photo(name)} for parent in {f.parent for f in files}}
     return [f for f in files if f.stem in photos[f.parent]]
 
@@ -206,9 +206,9 @@ def _with_photos(files):
 def read_texts(
     root: Path,  # the data set's folder
     files: list[Path],  # texts beside the photos
-    left_out: Counter,  # what is left out, by reason
+    left_out: Counter,  # gets the number of rows left out, by reason
 ) -> tuple[Callable, Folders]:  # yields (image, caption, split); the photos
-    "Read photos that have a .txt of their name."
+    "Read photos with captions in a .txt file of the same name."
     def rows():
         texts = {*files}
         for folder, photos, names in _by_folder(root):

@@ -29,26 +29,32 @@ _NAME_COLUMNS = ("filename", "file_name")
 class Part:
     "One part of a saved data set."
     name: str  # such as "train"
-    data: Any  # `datasets.Dataset`, photos as their bytes
-    column: str  # of the photos
+    data: Any  # `datasets.Dataset`, photos as encoded bytes
+    column: str  # name of the column of photos
 
     @cached_property
     def _photos(self): return self.data.select_columns([self.column])
 
-    def cell(self, row: int) -> tuple[bytes | None, str | None]:
-        "Return a photo's bytes and path, either of which may be None."
+    def cell(
+        self,
+        row: int,  # from 0
+    ) -> tuple[bytes | None, str | None]:  # bytes and path; either may be None
+        "Return a photo's bytes and path."
         cell = self._photos[row][self.column] or {}
         return cell.get("bytes"), cell.get("path")
 
-    def digest(self, row: int):
-        "Return a value that rows with the same photo share."
+    def digest(
+        self,
+        row: int,  # from 0
+    ):  # SHA-256 of the photo's bytes; where there are none, a value for this row alone
+        "Return a value that is equal for rows with the same photo."
         content, path = self.cell(row)
         if content is None and path and Path(path).is_file(): content = Path(path).read_bytes()
         return hashlib.sha256(content).digest() if content else (self.name, row)
 
     @cached_property
     def file_names(self) -> list[str | None]:
-        "File name of each row's photo; None where there is none."
+        "Return the file name of each row's photo, or None."
         column = next((name for name in _NAME_COLUMNS if name in self.data.column_names), None)
         if column: paths = self.data[column]
         else: paths = [path for chunk in self.data.data.column(self.column).chunks for path in chunk.field("path").to_pylist()]  # without the bytes
@@ -56,13 +62,13 @@ class Part:
 
 # %% ../../nbs/formats/arrow.ipynb #ef8bd114
 def load_parts(
-    root: Path,  # what `save_to_disk` was given
-) -> dict[str, Part]:  # by name
-    "Load a saved data set. Raises `MissingExtra` without the package, `ValueError` for another folder."
+    root: Path,  # folder that `save_to_disk` wrote
+) -> dict[str, Part]:  # name -> part
+    "Load a saved data set. Raises `MissingExtra` if the package is not installed, `ValueError` for any other folder."
     check_extra("datasets", f"{root}, which Hugging Face's datasets saved,")
     import datasets
     try: loaded = datasets.load_from_disk(str(root))
-    except Exception as error:  # of many kinds
+    except Exception as error:  # datasets raises many types
         raise ValueError(f"{root} can't be loaded ({type(error).__name__}: {error}); expected what "
                          "datasets' save_to_disk leaves") from None
     parts = {}
@@ -77,7 +83,7 @@ def load_parts(
 
 # %% ../../nbs/formats/arrow.ipynb #71f5cddd
 def first_rows(
-    parts: list[Part],  # of a saved data set
+    parts: list[Part],  # from `load_parts`
 ) -> dict[str | None, tuple[Part, int]]:  # file name -> part, row
     "Find the first row with each file name."
     first = {}
@@ -87,9 +93,9 @@ def first_rows(
 
 
 def name_photos(
-    parts: list[Part],  # of a saved data set
+    parts: list[Part],  # from `load_parts`
 ) -> dict[str, list[str]]:  # part -> the photo's name in each row
-    "Name the photos: file names where they are unique, otherwise the first row with the same bytes."
+    "Name the photos: by file name if these are unique, otherwise by the first row with the same bytes."
     row_of = first_rows(parts)
 
     def is_unique(part, row, name):
@@ -110,19 +116,24 @@ class ArrowPhotos:
 
     def __init__(
         self,
-        root: Path,  # what `save_to_disk` was given
+        root: Path,  # folder that `save_to_disk` wrote
     ): self.root = root
 
     def __str__(self): return f"the Arrow files of {self.root}"
 
     @cached_property
-    def parts(self) -> dict[str, Part]: return load_parts(self.root)
+    def parts(self) -> dict[str, Part]:
+        "Return the parts by name, loaded on first use."
+        return load_parts(self.root)
 
     @cached_property
     def _row_of(self): return first_rows(self.parts.values())
 
-    def open(self, name: str) -> Path | BinaryIO:
-        "Return the bytes of a photo, or its file where the Arrow file only names one."
+    def open(
+        self,
+        name: str,  # of a photo
+    ) -> Path | BinaryIO:  # its bytes, or its file if the Arrow file holds only a path
+        "Return a photo for Pillow to open. Raises `FileNotFoundError` if it is missing."
         part, _, row = name.rpartition("/")
         part, row = (self.parts[part], int(row)) if part in self.parts and row.isdigit() else self._row_of.get(name, (None, 0))
         content, path = part.cell(row) if part and row < len(part.data) else (None, None)
@@ -133,8 +144,11 @@ class ArrowPhotos:
     @cached_property
     def _stamp(self): return " ".join(file_stamp(path) for path in sorted(self.root.rglob("*.arrow")))
 
-    def stamp(self, name: str) -> str:
-        "Return a hash of sizes and modification times of all Arrow files."
+    def stamp(
+        self,
+        name: str,  # of a photo
+    ) -> str:  # 16 hexadecimal digits
+        "Hash sizes and modification times of all Arrow files."
         return hashlib.sha256(self._stamp.encode()).hexdigest()[:16]
 
 # %% ../../nbs/formats/arrow.ipynb #01d42f4a
@@ -153,9 +167,9 @@ def _texts(value):
 
 
 def read_saved_dataset(
-    root: Path,  # what `save_to_disk` was given
+    root: Path,  # folder that `save_to_disk` wrote
     files: list[Path],  # dataset_dict.json or state.json
-    left_out: Counter,  # what is left out, by reason
+    left_out: Counter,  # gets the number of rows left out, by reason
 ) -> tuple[Callable, ArrowPhotos]:  # yields (image, caption, split); the photos
     "Read a folder that Hugging Face's `datasets` saved."
     photos = ArrowPhotos(root)

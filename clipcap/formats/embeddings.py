@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -21,8 +22,8 @@ def write_embeddings(
     path: str | Path,  # file to write, atomically
     names: list[str],  # N image names
     embeddings: torch.Tensor,  # (N, D) or (N, T, D)
-    encoder: str,  # what made them
-    **metadata: str,  # further entries
+    encoder: str,  # label of the encoder that computed them
+    **metadata: str,  # further entries of the file's metadata
 ):
     "Write an embeddings file."
     with atomic_path(path) as temporary:
@@ -33,7 +34,7 @@ def write_embeddings(
 def read_metadata(
     path: str | Path,  # embeddings file
 ) -> tuple[list[str], tuple[int, ...], dict[str, str]]:  # names, shape of a row, metadata
-    "Read the head of an embeddings file. Raises `ValueError` for any other file."
+    "Read names, shape and metadata of an embeddings file. Raises `ValueError` for any other file."
     try:
         with safe_open(path, "pt") as file:
             metadata, shape = file.metadata() or {}, file.get_slice("embeddings").get_shape()
@@ -58,14 +59,14 @@ def _embeddings_files(path):
 
 
 def _one_shape(path, shapes):
-    "Return the shape of all rows. Raises `ValueError` where there are several, or no rows."
+    "Return the shape of all rows. Raises `ValueError` if rows differ in shape or there are none."
     if len(shapes) == 1: return shapes.pop()
     sizes = ", ".join("×".join(map(str, shape)) for shape in sorted(shapes))
     raise ValueError(f"{path}: embeddings have the sizes {sizes or 'of none'}; they must have one")
 
 
 def _one_encoder(path, files):
-    "Return what made all rows; `files` holds a file of each encoder. Raises `ValueError` where there are several."
+    "Return the encoder of all rows; `files` maps each encoder to a file. Raises `ValueError` if there are several."
     if len(files) > 1:
         (one, first), (two, second), *_ = files.items()
         raise ValueError(f"{path} holds embeddings of several encoders: {one} in {first.name}, {two} in {second.name}; use those of one")
@@ -73,12 +74,12 @@ def _one_encoder(path, files):
 
 # %% ../../nbs/formats/embeddings.ipynb #2cfbfac4
 class Embeddings:
-    "Image embeddings in one or several files, read row by row."
+    "Read image embeddings from one or several files, row by row."
 
     def __init__(
         self,
         path: str | Path,  # an embeddings file, or a folder of them
-        *more: str | Path,  # others that belong to it
+        *more: str | Path,  # further files or folders of the same data set
     ):
         self.path, self._where, self._slices, shapes, encoders = Path(path), {}, [], set(), {}
         for file in [file for part in (path, *more) for file in _embeddings_files(Path(part))]:
@@ -92,17 +93,21 @@ class Embeddings:
         (*self._parts, self.dim), self.encoder = _one_shape(path, shapes), _one_encoder(path, encoders)
 
     @property
-    def tokens(self) -> int | None: return self._parts[0] if self._parts else None  # vectors per image; None: one
+    def tokens(self) -> int | None:
+        "Return the number of vectors per image; None if there is one."
+        return self._parts[0] if self._parts else None
 
     @property
-    def names(self) -> list[str]: return list(self._where)
+    def names(self) -> list[str]:
+        "List the image names in the order of the files."
+        return list(self._where)
 
     def __len__(self): return len(self._where)
 
     def __contains__(self, name): return name in self._where
 
     def __getitem__(self, name: str) -> torch.Tensor:  # (D,) or (T, D), float32
-        "The embedding of one image. Raises `ValueError` where it is not finite."
+        "Return the embedding of one image. Raises `ValueError` if it is not finite."
         file, row = self._where[name]
         value = self._slices[file][row:row + 1][0].float()
         if not torch.isfinite(value).all():
@@ -110,26 +115,38 @@ class Embeddings:
                              "encode it again")
         return value
 
-    def digest(self) -> str:  # 64 hexadecimal digits
-        "SHA-256 of names and rows, in order: what training depends on."
-        digest = hashlib.sha256(json.dumps(self.names).encode())
-        for rows in self._slices:
-            for start in range(0, rows.get_shape()[0], step := 4096//(self.tokens or 1) or 1):
-                digest.update(rows[start:start + step].float().numpy().tobytes())
-        return digest.hexdigest()
+# %% ../../nbs/formats/embeddings.ipynb #63a0b8fa
+@patch
+def digest(self: Embeddings) -> str:  # 64 hexadecimal digits
+    "Return the SHA-256 of names and rows, in order."
+    digest = hashlib.sha256(json.dumps(self.names).encode())
+    for rows in self._slices:
+        for start in range(0, rows.get_shape()[0], step := 4096//(self.tokens or 1) or 1):
+            digest.update(rows[start:start + step].float().numpy().tobytes())
+    return digest.hexdigest()
 
-    def stack(self, names) -> torch.Tensor:  # (N, D) or (N, T, D), float32
-        "The embeddings of several images, in the order of `names`."
-        return torch.stack([self[name] for name in names])
 
-    def pooled(self, names) -> torch.Tensor:  # (N, D) float32
-        "Return one vector per image: its only one, or the mean of all."
-        return torch.stack([self[name].reshape(-1, self.dim).mean(0) for name in names])
+@patch
+def stack(
+    self: Embeddings,
+    names,  # N image names
+) -> torch.Tensor:  # (N, D) or (N, T, D), float32
+    "Return the embeddings of several images in the order of `names`."
+    return torch.stack([self[name] for name in names])
+
+
+@patch
+def pooled(
+    self: Embeddings,
+    names,  # N image names
+) -> torch.Tensor:  # (N, D) float32
+    "Return one vector per image: the only one, or the mean of its vectors."
+    return torch.stack([self[name].reshape(-1, self.dim).mean(0) for name in names])
 
 # %% ../../nbs/formats/embeddings.ipynb #6b106ea4
 def data_hash(
     table: str | Path,  # `captions_table.csv`
-    embeddings,  # `Embeddings`, or a store: has `digest`
+    embeddings,  # `Embeddings` or `EmbeddingStore`
 ) -> str:  # 64 hexadecimal digits
-    "SHA-256 of everything that training reads: captions, splits and embeddings."
+    "Return the SHA-256 of all training data: captions, splits and embeddings."
     return hashlib.sha256((hash_file(table) + embeddings.digest()).encode()).hexdigest()

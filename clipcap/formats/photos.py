@@ -21,11 +21,11 @@ from PIL import Image, ImageOps
 
 # %% ../../nbs/formats/photos.ipynb #9b313300
 PHOTO_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # those that Pillow reads by itself
-MOST_PIXELS, MOST_ASPECT = 178_956_970, 100  # Pillow's own limit; long side over short
-READING = 2  # raise it where `read_photo` gives other pixels: embeddings of photos that were read before are not used again
+MOST_PIXELS, MOST_ASPECT = 178_956_970, 100  # Pillow's own limit; ratio of long to short side
+READING = 2  # version of `read_photo`; increment it when pixels change, so that cached embeddings are computed again
 
 
-def _eight_bits(image, format):
+def _to_eight_bits(image, format):
     "Scale a grey image of 16 bits to 8. Raises `ValueError` for a mode without a fixed range."
     if image.mode.startswith("I;16") or image.mode == "I" and format in ("PNG", "PPM"):  # PPM, and PNG in older versions of Pillow
         return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128)//257).astype(np.uint8))
@@ -37,31 +37,31 @@ def _eight_bits(image, format):
 def upright(
     image: Image.Image,  # of any mode
 ) -> Image.Image:  # RGB
-    "Turn an image as its EXIF says, in RGB as CLIP's own preprocess makes it. Raises `ValueError` for one that would fill the memory, or whose range of values is unknown."
+    "Rotate an image by its EXIF orientation and convert it to RGB. Raises `ValueError` for an image that is too large, too long, or has no fixed range of values."
     (short, long), shape = sorted(image.size), f"{image.width}×{image.height} pixels"
     if short*long > MOST_PIXELS: raise ValueError(f"{shape} are more than {MOST_PIXELS}: it is taken for a bomb; scale it down")
     if long > MOST_ASPECT*short:
         raise ValueError(f"{shape}: one side is more than {MOST_ASPECT} times the other, and CLIP would enlarge it; cut out the part that matters")
-    return _eight_bits(ImageOps.exif_transpose(image), image.format).convert("RGB")
+    return _to_eight_bits(ImageOps.exif_transpose(image), image.format).convert("RGB")
 
 
 @lru_cache(maxsize=1)
 def _formats():
-    "Return those of `PHOTO_FORMATS` that this Pillow knows."
+    "Return the entries of `PHOTO_FORMATS` that the installed Pillow supports."
     Image.init()
     return [name for name in PHOTO_FORMATS if name in Image.OPEN]
 
 
 def read_photo(
     path: str | Path | bytes | BinaryIO,  # a file, or the content of one
-    name: str | None = None,  # for the message; None: the path
+    name: str | None = None,  # for error messages; None: the path
 ) -> Image.Image:  # RGB, upright
-    "Read a photo completely. Raises `OSError` naming a file that is missing, damaged, or too large or long to be one."
+    "Read a photo completely. Raises `OSError` naming a file that is missing, damaged, too large or too long."
     if isinstance(path, (bytes, bytearray)): path, name = BytesIO(path), f"{name} ({len(path):,} bytes)" if name else f"{len(path):,} bytes"
     try:
         with Image.open(path, formats=_formats()) as image: return upright(image)
     except FileNotFoundError: raise
-    except Exception as error:  # Pillow raises many kinds for damaged files
+    except Exception as error:  # Pillow raises many types for damaged files
         raise OSError(f"{str(name or path)[:300]} can't be read as a photo ({error!s:.300}); replace it, or leave it out") from None
 
 # %% ../../nbs/formats/photos.ipynb #1ddcac2f
@@ -70,31 +70,31 @@ _OTHER_SUFFIXES = frozenset(".heic .heif .hif .jxl .raw .dng .cr2 .cr3 .nef .arw
 
 
 def _suffix(path):
-    "Return a file's suffix in lower case; none for a file that a file manager left."
+    "Return a file's suffix in lower case; none for hidden files such as `._a.jpg`."
     name = os.path.basename(path)
     return "" if name.startswith(".") else os.path.splitext(name)[1].lower()
 
 
 def is_photo(
     path: str | Path,  # of a file
-) -> bool:  # False for files that a file manager left, such as "._a.jpg"
+) -> bool:  # False for hidden files, such as the "._a.jpg" of file managers
     "Tell by its name whether a file is a photo."
     return _suffix(path) in PHOTO_SUFFIXES
 
 
 def other_photos(
     paths: Iterable[str | Path],  # of files
-) -> dict[str, int]:  # description -> number; {} where there are none
-    "Count the photos of kinds that are not read."
+) -> dict[str, int]:  # description -> number; {} if there are none
+    "Count the photos in unsupported formats."
     found = [suffix for path in paths if (suffix := _suffix(path)) in _OTHER_SUFFIXES]
     return {f"photos of kinds that are not read ({', '.join(sorted({*found}))})": len(found)} if found else {}
 
 
 def warn_of_others(
-    where: str | Path,  # folder or archive, for the message
-    paths: Iterable[str | Path],  # of its files
+    where: str | Path,  # folder or archive, named in the warning
+    paths: Iterable[str | Path],  # its files
 ):
-    "Warn of photos of kinds that are not read."
+    "Warn of photos in unsupported formats."
     for what, number in other_photos(paths).items(): warnings.warn(f"{where}: {number} {what}; convert them to JPEG or PNG")
 
 # %% ../../nbs/formats/photos.ipynb #e513cbda
@@ -102,9 +102,9 @@ _FORMS = "a path, a PIL image, the bytes of a file, uint8 pixels (H, W, 3) or (3
 
 
 def list_photos(
-    photos,  # one photo; or several in any iterable with an order, or in an array or a tensor
-) -> list:  # of photos, each as `preprocess_photos` takes it
-    "List photos; one photo becomes a list of one. Raises `TypeError` for what holds no photos."
+    photos,  # one photo; or several in an ordered iterable, an array or a tensor
+) -> list:  # photos, each in a form that `preprocess_photos` accepts
+    "List photos; one photo becomes a list of one. Raises `TypeError` for any other value."
     if isinstance(photos, (str, bytes, bytearray, Image.Image)) or hasattr(photos, "__fspath__") or hasattr(photos, "read"): return [photos]
     if isinstance(photos, (np.ndarray, torch.Tensor)) and photos.ndim in (2, 3): return [photos]
     if isinstance(photos, (dict, set, frozenset)) or not isinstance(photos, Iterable):
@@ -112,7 +112,7 @@ def list_photos(
     return list(photos)
 
 
-def _picture(pixels, name):
+def _image_of_pixels(pixels, name):
     "Return uint8 pixels as an image."
     first, last = (pixels.ndim == 3 and pixels.shape[axis] in (1, 3, 4) for axis in (0, -1))
     if pixels.ndim != 2 and first == last: raise ValueError(f"{name} has the shape {pixels.shape}; give uint8 pixels (H, W), (H, W, 3) or (3, H, W)")
@@ -121,15 +121,15 @@ def _picture(pixels, name):
 
 
 def _preprocessed(image, name, shape):
-    "Return an image in float32. Raises `ValueError` for one that `preprocess` can't have made."
+    "Return a preprocessed image in float32. Raises `ValueError` if its type, shape or values are not those of `preprocess`."
     if not image.is_floating_point(): raise ValueError(f"{name} holds numbers of type {str(image.dtype).removeprefix('torch.')}; pixels must be uint8")
     if image.shape != shape: raise ValueError(f"{name} has the shape {tuple(image.shape)}, and model.preprocess gives {tuple(shape)}; give {_FORMS}")
     if not torch.isfinite(image).all(): raise ValueError(f"{name} holds NaN or infinity; give {_FORMS}")
     return image.float().cpu()
 
 
-def _refuse_pixels(images):
-    "Raise `ValueError` naming an image, given as preprocessed, that has the values of plain pixels. One of several may be of one light grey."
+def _check_preprocessed(images):
+    "Raise `ValueError` naming an image that was passed as preprocessed and has the values of plain pixels; in a batch, images of one grey pass."
     like_pixels = [name for name, image in images.items() if image.min() >= 0 and not 1 < image.max() < 10]
     textured = [name for name in like_pixels if (images[name] != images[name][:, :1, :1]).any()]
     for name in textured or like_pixels*(len(like_pixels) == len(images)):
@@ -143,7 +143,7 @@ def _prepare(photo, name, preprocess, shape):
     if torch.is_tensor(photo):
         if photo.dtype != torch.uint8: return _preprocessed(photo.detach(), name, shape), True
         photo = photo.cpu().numpy()
-    if isinstance(photo, np.ndarray): photo = _picture(photo, name)
+    if isinstance(photo, np.ndarray): photo = _image_of_pixels(photo, name)
     if isinstance(photo, Image.Image): return preprocess(upright(photo)), False
     if isinstance(photo, (bytes, bytearray)) or hasattr(photo, "read"): return preprocess(read_photo(photo, name)), False
     if isinstance(photo, str) or hasattr(photo, "__fspath__"): return preprocess(read_photo(photo)), False
@@ -153,10 +153,10 @@ def _prepare(photo, name, preprocess, shape):
 def preprocess_photos(
     photos,  # as in `list_photos`
     preprocess: Callable,  # CLIP's: image -> (3, H, W)
-    first: int = 0,  # number of the first photo, for messages
+    first: int = 0,  # number of the first photo, for error messages
 ) -> torch.Tensor:  # (B, 3, H, W) float32
-    "Read and preprocess photos of any form; those that are preprocessed are checked. Raises `ValueError`, `TypeError` or `OSError` naming the photo."
+    "Read and preprocess photos of any form; check those that are preprocessed already. Raises `ValueError`, `TypeError` or `OSError` naming the photo."
     shape = preprocess(Image.new("RGB", (8, 8))).shape
     found = {(name := f"photos[{number}]"): _prepare(photo, name, preprocess, shape) for number, photo in enumerate(list_photos(photos), first)}
-    _refuse_pixels({name: image for name, (image, given) in found.items() if given})
+    _check_preprocessed({name: image for name, (image, given) in found.items() if given})
     return torch.stack([image for image, _ in found.values()]) if found else torch.zeros(0, *shape)

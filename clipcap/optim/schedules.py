@@ -19,9 +19,9 @@ from ..core import Config
 # %% ../../nbs/optim/schedules.ipynb #5a0c3f02
 def parameter_groups(
     model: nn.Module,  # a `ClipCapModel`
-    config: Config,  # its `learning_rate`, `gpt2_learning_rate`
-) -> list[dict]:  # for an optimizer
-    "Return the parameters that are trained, each part with its learning rate."
+    config: Config,  # `learning_rate` and `gpt2_learning_rate` are used
+) -> list[dict]:  # parameter groups for an optimizer
+    "Return the trainable parameters of each part with its learning rate."
     def trained(part): return [p for p in part.parameters() if p.requires_grad]
     groups = [{"params": trained(model.mapping_network), "lr": config.learning_rate},
               {"params": trained(model.gpt2), "lr": config.gpt2_learning_rate}]
@@ -30,11 +30,11 @@ def parameter_groups(
 # %% ../../nbs/optim/schedules.ipynb #4e7da1ce
 def learning_rate_schedule(
     optimizer: torch.optim.Optimizer,  # at its peak learning rate
-    config: Config,  # its `schedule`, `warmup`, `epochs`
+    config: Config,  # `schedule`, `warmup` and `epochs` are used
     steps: int,  # optimizer steps per epoch
-    finished: int = 0,  # epochs that are done
+    finished: int = 0,  # finished epochs
 ):  # a PyTorch scheduler; `step()` it after each step of the optimizer
-    "Return the schedule of the learning rate, at the step after the finished epochs."
+    "Return the learning rate schedule, positioned after the finished epochs."
     from transformers import get_scheduler
     every = steps*config.epochs
     warm = round(config.warmup*every)
@@ -58,24 +58,24 @@ def group_batches(
 
 # %% ../../nbs/optim/schedules.ipynb #c73a4f56
 class Average:
-    "Exponential moving average of the trained weights; with a decay of 0, none."
+    "Exponential moving average of the trained weights; disabled if `decay` is 0."
 
     def __init__(
         self,
-        module: nn.Module,  # whose trainable parameters are averaged
-        decay: float,  # fraction of the old average that a step keeps; 0: no average
+        module: nn.Module,  # its trainable parameters are averaged
+        decay: float,  # fraction of the old average that a step keeps; 0: disabled
     ):
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad} if decay else {}
         self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.move = get_ema_multi_avg_fn(decay)
 
     def update(self):
-        "Include the weights as they are now."
+        "Update the average with the current weights."
         if self.values: self.move(list(self.values.values()), list(self.parameters.values()), None)
 
     @contextmanager
     def in_place(self):
-        "Give the module the averaged weights within the block."
+        "Use the averaged weights within the block."
         own = {name: p.data for name, p in self.parameters.items()}
         try:
             for name, p in self.parameters.items(): p.data = self.values[name]
@@ -83,18 +83,23 @@ class Average:
         finally:
             for name, p in self.parameters.items(): p.data = own[name]
 
-    def state_dict(self) -> dict: return self.values
+    def state_dict(self) -> dict:  # name of a parameter -> its average
+        "Return the averaged weights."
+        return self.values
 
-    def load_state_dict(self, values: dict):
-        "Continue from what `state_dict` returned. Raises `KeyError` for another module's."
+    def load_state_dict(
+        self,
+        values: dict,  # from `state_dict`
+    ):
+        "Load averaged weights. Raises `KeyError` if a parameter is missing."
         for name, value in self.values.items(): value.copy_(values[name])
 
 # %% ../../nbs/optim/schedules.ipynb #5a866294
 def should_stop(
     metrics: list[dict],  # lines of `metrics.jsonl`
-    config: Config,  # its `patience` and `best_by`
-) -> bool:  # True: more epochs are unlikely to help
-    "Tell whether the last `patience` epochs have brought no improvement."
+    config: Config,  # `patience` and `best_by` are used
+) -> bool:  # True: end training
+    "Tell whether the last `patience` epochs brought no improvement."
     metrics = [m for m in metrics if config.best_by != "cider" or "val_cider" in m]
     if not config.patience or not metrics: return False
     marks = [m["val_cider"] if config.best_by == "cider" else -m["val_loss"] for m in metrics]

@@ -23,17 +23,17 @@ CLIP_COLUMNS = ["clipscore", "refclipscore"]
 @torch.inference_mode()
 def encode_texts(
     clip_model: torch.nn.Module,  # `clip.model.CLIP`, from `load_clip`
-    name: str,  # that it was loaded by
+    name: str,  # name under which it was loaded
     texts: list[str],  # T captions
-    batch_size: int = 256,  # captions at once
-) -> np.ndarray:  # (T, D) of length 1
-    "Encode captions with CLIP. Raises `ValueError` where the encoder reads no texts, or its vocabulary is not known."
+    batch_size: int = 256,  # captions per batch
+) -> np.ndarray:  # (T, D) unit vectors
+    "Encode captions with CLIP. Raises `ValueError` if there is no text encoder or its vocabulary is unknown."
     own, device = getattr(clip_model, "encode_texts", None), next(clip_model.parameters()).device
     if own:  # an encoder of another library
         def tokens(batch): return [CLIP_PREFIX + t for t in batch]
     elif name == "mini":
         length, tokenizer = clip_model.context_length, load_tokenizer("mini")
-        def tokens(batch):  # without the start token, which the miniature CLIP doesn't know
+        def tokens(batch):  # without the start token, which the miniature CLIP does not have
             return torch.nn.utils.rnn.pad_sequence(
                 [torch.tensor(ids[1:] + [0]*length)[:length]
                  for ids in encode_captions(tokenizer, batch, length + 1)], True)
@@ -52,9 +52,9 @@ def encode_texts(
 
 def text_encoder(
     clip_model: torch.nn.Module,  # `clip.model.CLIP`, from `load_clip`
-    name: str,  # that it was loaded by
-) -> Callable:  # texts -> (T, D) of length 1
-    "Make an `encode_texts` that encodes each different text once."
+    name: str,  # name under which it was loaded
+) -> Callable:  # T texts -> (T, D) unit vectors
+    "Make a function like `encode_texts` that encodes each different text once."
     known = {}
 
     def encode(texts):
@@ -68,9 +68,9 @@ def text_encoder(
 def clip_scores(
     images: torch.Tensor,  # (N, D) embeddings of the images, in the order of `captions`
     captions: dict[str, str],  # image id -> caption, as written
-    references: dict[str, list[str]],  # the same ids -> what people wrote
+    references: dict[str, list[str]],  # the same ids -> references
     encode: Callable,  # from `text_encoder`
-) -> Columns:  # `clipscore` in [0, 2.5], `refclipscore`
+) -> Columns:  # `clipscore` in [0, 2.5], `refclipscore` in [0, 1.43]
     "Compute CLIPScore and RefCLIPScore (Hessel et al. 2021)."
     images = torch.nn.functional.normalize(images.double(), dim=1).numpy()
     ours = encode(list(captions.values()))

@@ -20,7 +20,7 @@ def self_bleu(
 ) -> float:  # BLEU-4 in [0, 1]; NaN for fewer than two captions
     "Compute BLEU-4 of each caption with all others as references, pooled."
     if len(texts) < 2: return float("nan")
-    cooked = [bleu_scorer.precook(text, 4) for text in texts]  # (words, how often each run of words)
+    cooked = [bleu_scorer.precook(text, 4) for text in texts]  # (number of words, count of each n-gram)
     first, second = Counter(), Counter()
     for _, runs in cooked:
         for run, count in runs.items():
@@ -43,7 +43,7 @@ UNDEFINED = {"distinct_1": "no caption has a word", "distinct_2": "no caption ha
 
 def diversity(
     captions: dict[str, str],  # image id -> caption
-    training: list[str] | None = None,  # captions that the model was trained on; None: `novel` is NaN
+    training: list[str] | None = None,  # training captions of the model; None: `novel` is NaN
     tokenization: str = "ptb",  # as in `tokenize`
 ) -> dict[str, float]:  # the measures above; NaN for the reasons in `UNDEFINED`
     "Measure how varied the captions of a corpus are (Li et al. 2016, Zhu et al. 2018)."
