@@ -85,9 +85,11 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as fused
     left_out = [name for name in ("softcap", "s_aux") if options.get(name) is not None]  # caps of scores; sinks of attention
     if left_out: raise ValueError(f"fused attention computes no {left_out[0]}; use the model's eager attention")
-    if place is None:
-        return fused(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options)
-    if isinstance(place, str): return fused(module, query, key, value, None, scaling=scaling, dropout=dropout, is_causal=True)  # rows padded at the end
+    if place is None: return fused(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options)
+    if isinstance(place, str):  # "causal": rows padded at the end; "beams": a few positions of each row
+        if place == "beams" and query.device.type == "cpu" and query.shape[1] == key.shape[1]: return _few_queries(query, key, value, attention_mask, scaling)
+        causal = place == "causal"
+        return fused(module, query, key, value, None if causal else attention_mask, scaling=scaling, dropout=dropout, is_causal=causal)
     R, _, T, _ = attention_mask.shape
 
     def in_rows(x):  # (1, heads, N, d) -> (R, heads, T, d)
@@ -100,6 +102,13 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         mixed = (scores.softmax(-1) @ value).transpose(1, 2)  # (R, T, heads, d)
     else: mixed, _ = fused(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout)
     return mixed.flatten(0, 1).index_select(0, place)[None], None
+
+
+def _few_queries(query, key, value, attention_mask, scaling):
+    "Attend from a few positions, where PyTorch's fused attention on the CPU takes longer than plain products."
+    scores = (query*(scaling or query.shape[-1]**-0.5) @ key.transpose(2, 3)).to(torch.promote_types(query.dtype, torch.float32))
+    scores = scores.masked_fill_(~attention_mask, -torch.inf).softmax(-1).to(value.dtype)
+    return (scores @ value).transpose(1, 2), None
 
 
 def pack_attention(
