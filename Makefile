@@ -100,7 +100,8 @@ full-size-check: $(VENV)/installed
 
 benchmark: $(VENV)/installed
 	@mkdir -p outputs/benchmark
-	$(BIN)/papermill nbs/studies/benchmark.ipynb outputs/benchmark.ipynb -k python3 -p size full -p data_root $(DATA_ROOT)
+	$(BIN)/papermill nbs/studies/benchmark.ipynb outputs/benchmark.ipynb -k python3 -p size full -p data_root $(DATA_ROOT) \
+		-r trained "$(patsubst outputs/%/run.json,%,$(wildcard outputs/real-1/run.json))"
 
 planning: $(VENV)/installed
 	$(BIN)/papermill nbs/studies/planning.ipynb outputs/planning.ipynb -k python3 -p measure True -p data_root $(DATA_ROOT)

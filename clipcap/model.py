@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STOPS', 'MappingNetwork', 'GridMapping', 'check_features', 'gpt2_hashes', 'gpt2_hash', 'ClipCapModel', 'generate_ids',
            'AveragedPredictions', 'generation_options', 'decoding_protocol', 'ids_to_text', 'generate_from_embeddings',
-           'plain_writer', 'caption_images', 'generate_caption_batch', 'generate_caption', 'tune_gpt2',
+           'plain_writer', 'photos_ahead', 'caption_images', 'generate_caption_batch', 'generate_caption', 'tune_gpt2',
            'trained_weights', 'load_model']
 
 # %% ../nbs/02_model.ipynb #ded27b94
@@ -30,7 +30,7 @@ from .formats.tokenizer import gpt2_path, load_tokenizer
 from .networks.encoders import as_encoder
 from .networks.language_models import caption_losses, continue_prefix, last_logits, load_gpt2, to_precision
 from .networks.mapping import check_heads, prepare_embeddings
-from .decoding.beam import beam_ids, can_search
+from .decoding.beam import beam_search, can_search
 from .networks.packing import OneTokenMemoryLayer, exact_float32, keep_freed_memory, pick_dtype
 from .runs.hashes import hash_once
 
@@ -200,8 +200,9 @@ def generate_ids(
     num_return_sequences: int = 1,  # R per image: the best beams, or samples
     start_token: str = "free",  # "given": captions begin with it; "free": the model has to write it
     processors: tuple = (),  # further `LogitsProcessor`s
+    log_probabilities: bool = False,  # True: return them, too, where the search knows them
     **options,  # others of transformers' `generate`
-) -> torch.Tensor:  # (B*R, T) token ids, padded with `[PAD]`
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:  # (B*R, T) token ids, padded with `[PAD]`; (B*R, T) log-probability of each token
     """Continue each image's prefix: by our beam search where that can (`can_search`), else by transformers' `generate`, with the same ids;
     beams of a model with `stop` by `mean_beam_search`. Raises `ValueError` naming what is not possible."""
     if model.stop and start_token == "given": raise ValueError(f"start_token='given': captions that end at {model.stop!r} have no start token; leave it out")
@@ -209,12 +210,13 @@ def generate_ids(
     was_training, rows = model.training, max(num_beams, num_return_sequences)
     model.eval()
     prefix = model.prefix(embeddings.to(model.device)).to(model.gpt2.dtype)  # (B, P, d)
-    plain = not (temperature or processors or options.keys() - {"length_penalty"} or model.stop and num_beams > 1)
+    plain = not (temperature or processors or options.keys() - {"length_penalty", "no_repeat_ngram_size"} or model.stop and num_beams > 1)
     if plain and num_return_sequences <= num_beams and can_search(model, prefix.shape[1] + max_length):
         start = model.tokenizer.bos_token_id if start_token == "given" else None
-        ids = beam_ids(model, prefix, max_length, num_beams, num_return_sequences, start_token=start, **options)
+        prefixes = [prefix, *(m.prefix(embeddings.to(m.device)).to(m.gpt2.dtype) for m in model.ensemble)]
+        ids, found = beam_search(model, prefixes, max_length, num_beams, num_return_sequences, start_token=start, **options)
         model.train(was_training)
-        return ids
+        return (ids, found) if log_probabilities else ids
     averaged = [AveragedPredictions(model.ensemble, embeddings, rows)] if model.ensemble else []
     begin = [partial(_force_start_token, model.tokenizer.bos_token_id)] if start_token == "given" else []
     if len(unknown := getattr(model.gpt2, "unknown_ids", ())): begin.append(lambda written, scores: scores.index_fill(1, unknown.to(scores.device), -torch.inf))
@@ -228,7 +230,7 @@ def generate_ids(
         num_return_sequences=num_return_sequences, do_sample=temperature > 0, temperature=temperature or None, early_stopping=num_beams > 1,
         **special, **options)
     model.train(was_training)
-    return ids
+    return (ids, None) if log_probabilities else ids
 
 # %% ../nbs/02_model.ipynb #444f65a8
 class AveragedPredictions:
@@ -319,6 +321,16 @@ def plain_writer(
     return partial(generate_from_embeddings, model=model, max_length=config.max_length, num_beams=config.num_beams,
                    **generation_options(config))
 
+
+def photos_ahead(
+    model: ClipCapModel,  # trained
+    config: Config,  # how captions are written
+    batch_size: int,  # photos per batch
+) -> int:  # photos whose captions are asked for in one call
+    "Return four batches where our beam search writes: a finished photo makes room for another of the same call."
+    by_search = config.rerank == "none" and not config.temperature and not model.stop and can_search(model, config.prefix_length + config.max_length)
+    return 4*batch_size if by_search else batch_size
+
 # %% ../nbs/02_model.ipynb #ad1e28a4
 def caption_images(
     model: ClipCapModel,  # trained
@@ -329,9 +341,12 @@ def caption_images(
 ) -> dict[str, str]:  # image -> caption, in the order of `names`
     "Caption images that are given by name."
     names, captions, write = [names] if isinstance(names, str) else list(names), {}, write or plain_writer(model, config)
-    for start in tqdm(range(0, len(names), config.eval_batch_size), desc="captioning", unit="batch"):
-        batch = names[start:start + config.eval_batch_size]
-        captions.update(zip(batch, write(embeddings.stack(batch))))
+    step = photos_ahead(model, config, config.eval_batch_size)
+    with tqdm(desc="captioning", total=len(names), unit="image") as bar:
+        for start in range(0, len(names), step):
+            batch = names[start:start + step]
+            captions.update(zip(batch, write(embeddings.stack(batch))))
+            bar.update(len(batch))
     return captions
 
 # %% ../nbs/02_model.ipynb #3be09ab2

@@ -1,4 +1,5 @@
 """Our beam search writes what transformers' `generate` writes, whatever else is in the batch (clipcap.decoding.beam)."""
+import copy
 import random
 from types import SimpleNamespace
 
@@ -6,7 +7,8 @@ import pytest
 import torch
 from test_language_models import Given, quiet  # noqa: F401 (a fixture)
 
-from clipcap.decoding.beam import beam_ids, best_words, can_search
+from clipcap.decoding.beam import beam_ids, beam_search, best_words, can_search
+from clipcap.decoding.captioner import token_log_probabilities
 from clipcap.model import ClipCapModel, generate_ids
 from clipcap.networks.language_models import choose_loss, continue_prefix, tiny_language_model
 
@@ -104,8 +106,49 @@ def test_best_words_are_those_of_topk(n, V, k):
     for a, b in zip(best_words(logits, k), logits.topk(k)): assert torch.equal(a, b)
 
 
+@pytest.mark.numerics
+@pytest.mark.parametrize("seed", range(60, 72))
+def test_no_ngram_is_repeated_as_with_generate(seed):
+    model, _, prefixes, settings = draw_search("gpt2", seed)
+    settings |= {"max_length": 14, "num_beams": 1 + seed % 4}
+    embeddings, plain, n = torch.arange(len(prefixes))[:, None], (lambda written, scores: scores,), 1 + seed % 3
+    settings["length_penalty"] = settings["length_penalty"] if settings["num_beams"] > 1 else 1.
+    wanted = generate_ids(embeddings, model, **settings, no_repeat_ngram_size=n, processors=plain)
+    assert beam_ids(model, prefixes, **settings, no_repeat_ngram_size=n).tolist() == wanted.tolist()
+    assert n > 1 or all(len({*row}) == len(row) for row in ([i for i in row if i != 1] for row in wanted.tolist()))
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("seed", range(80, 88))
+def test_an_ensemble_writes_as_with_generate(seed):
+    "Members have prefixes of other lengths."
+    model, _, prefixes, settings = draw_search("gpt2", seed)
+    settings |= {"max_length": min(settings["max_length"], 10), "length_penalty": 1.}
+    others = [prefixes.flip(1).repeat(1, 2, 1), -prefixes[:, :1]]
+    model.ensemble.extend([ClipCapModel(model.gpt2, model.tokenizer, Given(other)).eval() for other in others])
+    embeddings = torch.arange(len(prefixes))[:, None]
+    wanted = generate_ids(embeddings, model, **settings, processors=(lambda written, scores: scores,))
+    found, told = beam_search(model, [prefixes, *others], **settings)
+    assert can_search(model, 30) and found.tolist() == wanted.tolist() == generate_ids(embeddings, model, **settings).tolist()
+    mask = (told != 0).long()
+    torch.testing.assert_close(told, token_log_probabilities(model, embeddings, found, mask).double(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_log_probability_of_each_token_is_that_of_the_loss(kind):
+    model, way, prefixes, settings = draw_search(kind, 7)
+    if way != "packed": pytest.skip(f"{kind} is {way}")
+    found, told = beam_search(model, prefixes, **settings)
+    mask = (told != 0).long()
+    losses = model(torch.arange(len(prefixes))[:, None], found, mask, per_token=True)
+    torch.testing.assert_close(told, -losses, rtol=1e-9, atol=1e-9)
+
+
 def test_what_it_can_not_search_is_known():
     model = draw_search("gpt2", 1)[0]
     assert can_search(model, 30)
-    model.ensemble.append(draw_search("gpt2", 1)[0])
+    model.ensemble.append(copy.deepcopy(model))
+    assert can_search(model, 30)
+    model.ensemble[0].gpt2.searches = False
     assert not can_search(model, 30)

@@ -1,4 +1,6 @@
 """Writing captions: greedy, beams, sampling, ensembles, photos of all kinds (clipcap.model). All in float64, so that no two tokens tie."""
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -154,12 +156,15 @@ def test_temperature_of_candidates_is_not_that_of_captions(speaker, rerank, temp
 
 
 def test_images_are_captioned_in_batches_in_their_order(speaker, tmp_path):
+    "Four batches go to a writer at once, as a finished photo makes room for another."
     write_embeddings(tmp_path/"x.safetensors", list("abc"), torch.tensor([[0.], [1.], [2.]]), "test")
     sizes = []
     def write(embeddings): sizes.append(len(embeddings)); return [str(int(e)) for e in embeddings]
     config = make_config("mini", eval_batch_size=2, num_beams=1, max_length=6)
     assert caption_images(speaker, Embeddings(tmp_path/"x.safetensors"), ["c", "a", "b"], config, write) == {"c": "2", "a": "0", "b": "1"}
-    assert sizes == [2, 1]
+    caption_images(speaker, Embeddings(tmp_path/"x.safetensors"), list("abcabcabc"), config, write)
+    caption_images(speaker, Embeddings(tmp_path/"x.safetensors"), list("abc"), replace(config, temperature=1.), write)
+    assert sizes == [3, 8, 1, 2, 1]
     assert list(caption_images(speaker, Embeddings(tmp_path/"x.safetensors"), ["b"], config).values()) == generate_from_embeddings(FEW[1:2], speaker, 6, 1)
 
 

@@ -28,7 +28,7 @@ from .model_folder import CARD, CONFIG, INSIDE, WEIGHTS, WRITING, model_tensors,
 from ..formats.photos import list_photos, preprocess_photos
 from ..formats.tokenizer import encode_captions
 from ..model import (ClipCapModel, _check_positions, _check_search, generate_caption_batch, generate_ids, generation_options, gpt2_hashes, ids_to_text,
-                           load_model, plain_writer)
+                           load_model, photos_ahead, plain_writer)
 from ..networks.encoders import encoder_place
 from ..runs.checkpoints import checkpoint_paths
 
@@ -88,9 +88,11 @@ def scored_captions(
     ids: torch.Tensor,  # (B, L), as for `token_log_probabilities`
     mask: torch.Tensor,  # (B, L)
     texts: list[str],  # of the B captions
+    log_probabilities: torch.Tensor | None = None,  # (B, L); None: computed
 ) -> list[Caption]:
     "Put texts, token ids and their probabilities together."
-    found, log_probabilities = [], token_log_probabilities(model, embeddings, ids, mask)
+    if log_probabilities is None: log_probabilities = token_log_probabilities(model, embeddings, ids, mask)
+    found = []
     for text, row, values, length in zip(texts, ids.tolist(), log_probabilities.tolist(), mask.sum(1).tolist()):
         row, values = tuple(row[:length]), tuple(values[:length])
         found.append(Caption(text, math.fsum(values)/length, word_probabilities(model.tokenizer, row, values), row, values))
@@ -104,9 +106,10 @@ def written_captions(
     candidates: int = 1,  # per image: its best beams, or samples
 ) -> list:  # B captions; with several candidates, B lists of them, the best first
     "Caption embeddings without reranking."
-    ids = generate_ids(embeddings, model, config.max_length, config.num_beams, num_return_sequences=candidates, **generation_options(config)).cpu()
-    mask = token_mask(ids, getattr(model, "stop_id", model.tokenizer.eos_token_id))
-    found = scored_captions(model, embeddings, ids, mask, ids_to_text(model.tokenizer, ids))
+    ids, known = generate_ids(embeddings, model, config.max_length, config.num_beams, num_return_sequences=candidates, log_probabilities=True,
+                              **generation_options(config))
+    ids, mask = ids.cpu(), token_mask(ids.cpu(), getattr(model, "stop_id", model.tokenizer.eos_token_id))
+    found = scored_captions(model, embeddings, ids, mask, ids_to_text(model.tokenizer, ids), known)
     if candidates == 1: return found
     groups = [found[n:n + candidates] for n in range(0, len(found), candidates)]
     return [sorted(group, key=lambda caption: -caption.log_probability) for group in groups] if config.temperature else groups
@@ -198,18 +201,26 @@ class PhotoCaptioner(CaptionWriter):
         generate_caption_batch([], self.model)  # raises `ValueError` for a model without CLIP
         _check_search(batch_size=batch_size)
         write = self.writer(**options)
-        if isinstance(photos, Iterator) and not hasattr(photos, "read"): return self._captions(photos, batch_size, write)
+        ahead = photos_ahead(self.model, self.decoding(**{name: value for name, value in options.items() if name not in ("candidates", "scores")}), batch_size)
+        if isinstance(photos, Iterator) and not hasattr(photos, "read"): return self._captions(photos, batch_size, write, ahead)
         listed = list_photos(photos)
-        captions = list(self._captions(iter(listed), batch_size, write))
+        captions = list(self._captions(iter(listed), batch_size, write, ahead))
         return captions[0] if len(listed) == 1 and listed[0] is photos else captions
 
-    def _captions(self, photos, batch_size, write):
-        "Yield the captions of photos, a batch at a time."
+    def _captions(self, photos, batch_size, write, ahead):
+        "Yield the captions of photos."
+        rows, wanted = [], batch_size  # the first captions come after one batch
         for first in count(0, batch_size):
-            if not (batch := list(islice(photos, batch_size))): return
-            images = preprocess_photos(batch, self.model.preprocess, first)
-            with self.model.autocast(): embeddings = encode_images(self.model.clip, images, self.model.features)
-            yield from write(embeddings)
+            if batch := list(islice(photos, batch_size)):
+                try: images = preprocess_photos(batch, self.model.preprocess, first)
+                except Exception:
+                    if rows: yield from write(torch.stack(rows))
+                    raise
+                with self.model.autocast(): rows += encode_images(self.model.clip, images, self.model.features)
+            if rows and (len(rows) >= wanted or not batch):
+                yield from write(torch.stack(rows))
+                rows, wanted = [], ahead
+            if not batch: return
 
     def caption_embeddings(
         self,

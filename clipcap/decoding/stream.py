@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from ..data import encode_images
 from .captioner import Caption, Captioner
 from .model_folder import WEIGHTS
 from ..formats.photos import PHOTO_SUFFIXES, read_photo, warn_of_others
-from ..model import ClipCapModel, generate_caption_batch, generate_from_embeddings, gpt2_hash
+from ..model import ClipCapModel, generate_caption_batch, generate_from_embeddings, gpt2_hash, photos_ahead
 from ..runs.checkpoints import checkpoint_paths
 from ..runs.files import atomic_path, hash_file
 
@@ -60,20 +60,24 @@ def caption_stream(
     num_beams: int = 5,  # 1: greedy
     write: Callable | None = None,  # another way to write, such as `captioner.writer()`
     read: Callable = read_photo,  # path -> image
+    ahead: int | None = None,  # photos that `write` gets at once, from `photos_ahead`; None: a batch
 ) -> Iterator[tuple]:  # (path, its caption or the exception that reading it raised), in order
     "Caption photos as they come, in constant memory. Raises `ValueError` for a model without CLIP."
     generate_caption_batch([], model, max_length, num_beams)  # raises `ValueError` before any photo is read
     write = write or partial(generate_from_embeddings, model=model, max_length=max_length, num_beams=num_beams)
     if isinstance(photos, (str, os.PathLike)): photos = [photos]
     def preprocess(path): return model.preprocess(read(path))  # (3, H, W)
-    def write_batch(images):
-        with model.autocast(): embeddings = encode_images(model.clip, images, model.features)
-        return write(embeddings)
-    def caption(batch):
+    def encode(batch):
         images = [image for _, image in batch if torch.is_tensor(image)]
-        captions = iter(write_batch(torch.stack(images)) if images else [])
-        return [(path, next(captions) if torch.is_tensor(image) else image) for path, image in batch]
-    return chain.from_iterable(map(caption, read_ahead(photos, preprocess, batch_size)))
+        with model.autocast(): embeddings = iter(encode_images(model.clip, torch.stack(images), model.features) if images else [])
+        return [(path, next(embeddings) if torch.is_tensor(image) else image) for path, image in batch]
+    def caption(rows):
+        embeddings = [row for _, row in rows if torch.is_tensor(row)]
+        captions = iter(write(torch.stack(embeddings)) if embeddings else [])
+        return [(path, next(captions) if torch.is_tensor(row) else row) for path, row in rows]
+    rows = chain.from_iterable(map(encode, read_ahead(photos, preprocess, batch_size)))
+    sizes = chain([batch_size], repeat(ahead or batch_size))  # the first captions come after one batch
+    return chain.from_iterable(map(caption, iter(lambda: list(islice(rows, next(sizes))), [])))
 
 # %% ../../nbs/decoding/stream.ipynb #8f306b5e
 def writing_config(
@@ -172,8 +176,8 @@ def load_captioner(
                 "clip": getattr(captioner.model.clip, "encoder_id", None), "precision": captioner.model.precision}
     if config.samples or config.temperature: settings["batch_size"] = batch_size  # sampling depends on the batch
     if scores: settings["scores"] = True
-    write = captioner.writer(scores=scores)
-    return settings, lambda photos: caption_stream(captioner.model, photos, batch_size, config.max_length, config.num_beams, write, read)
+    write, ahead = captioner.writer(scores=scores), photos_ahead(captioner.model, config, batch_size)
+    return settings, lambda photos: caption_stream(captioner.model, photos, batch_size, config.max_length, config.num_beams, write, read, ahead)
 
 
 def _folder_settings(captioner, name):

@@ -93,16 +93,18 @@ def packed_attention(
     attention_mask,  # (R, 1, T, T), 0 or -inf
     scaling=None,  # factor of the scores; None: 1/sqrt of the last size
     dropout=0.,  # probability
-    place=None,  # (N,) place of each slot; "causal": rows padded at the end; None: ordinary attention
+    place=None,  # (N,) place of each slot; "causal": rows padded at the end; "beams": a few positions of each row; None: ordinary attention
     **options,  # further arguments of transformers
 ):  # (1, N, heads, d/heads), None
     "Compute attention of packed slots, with the signature of transformers' attention functions."
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as fused
     left_out = [name for name in ("softcap", "s_aux") if options.get(name) is not None]  # capped scores; attention sinks
     if left_out: raise ValueError(f"fused attention computes no {left_out[0]}; use the model's eager attention")
-    if place is None:
-        return fused(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options)
-    if isinstance(place, str): return fused(module, query, key, value, None, scaling=scaling, dropout=dropout, is_causal=True)  # rows padded at the end
+    if place is None: return fused(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options)
+    if isinstance(place, str):
+        if place == "beams" and query.device.type == "cpu" and query.shape[1] == key.shape[1]: return _few_queries(query, key, value, attention_mask, scaling)
+        causal = place == "causal"
+        return fused(module, query, key, value, None if causal else attention_mask, scaling=scaling, dropout=dropout, is_causal=causal)
     R, _, T, _ = attention_mask.shape
 
     def in_rows(x):  # (1, heads, N, d) -> (R, heads, T, d)
@@ -115,6 +117,13 @@ def packed_attention(
         mixed = (scores.softmax(-1) @ value).transpose(1, 2)  # (R, T, heads, d)
     else: mixed, _ = fused(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout)
     return mixed.flatten(0, 1).index_select(0, place)[None], None
+
+
+def _few_queries(query, key, value, attention_mask, scaling):
+    "Attend from a few positions, where PyTorch's fused attention on the CPU takes longer than plain products."
+    scores = (query*(scaling or query.shape[-1]**-0.5) @ key.transpose(2, 3)).to(torch.promote_types(query.dtype, torch.float32))
+    scores = scores.masked_fill_(~attention_mask, -torch.inf).softmax(-1).to(value.dtype)
+    return (scores @ value).transpose(1, 2), None
 
 # %% ../../nbs/networks/packing.ipynb #a81e2e3e
 def pack_attention(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['AMOUNTS', 'CaptionBatch', 'Workload', 'choose_captions', 'load_workload', 'time_training', 'check_steps',
-           'step_results', 'training_report', 'data_report', 'time_captioning', 'same_captions', 'captioning_report',
-           'scaling_report', 'benchmark_rows', 'benchmark_table', 'plot_benchmark', 'plot_scaling', 'run_benchmark']
+           'step_results', 'training_report', 'data_report', 'time_captioning', 'same_captions', 'search_results',
+           'captioning_report', 'scaling_report', 'benchmark_rows', 'benchmark_table', 'plot_benchmark', 'plot_scaling',
+           'run_benchmark']
 
 # %% ../../nbs/studies/benchmark.ipynb #175c6fea
 import copy
@@ -35,6 +36,7 @@ from ..model import ClipCapModel, MappingNetwork, generate_caption_batch, genera
 from ..networks.packing import has_bf16, keep_freed_memory
 from ..runs.files import outputs_dir, project_root, resolve_path, save_figure, write_json
 from ..runs.folder import environment
+from .search_speed import caption_flops, countdown_model, search_report, trained_report
 from .flops import (CLIP_SIZES, GPT2_SIZES, NETWORK_SIZES, model_sizes, publish_clip, publish_gpt2,
                                    step_flops)
 from .timing import (first_caption_seconds, literal_step, matmul_functions, matmul_limit, matmul_shapes,
@@ -42,13 +44,15 @@ from .timing import (first_caption_seconds, literal_step, matmul_functions, matm
 
 # %% ../../nbs/studies/benchmark.ipynb #d15605c6
 AMOUNTS = {
-    "full": dict(batch_size=32, photos=200, rounds=5, warm_up=3, new_tokens=20, one_at_a_time=40, reference_batch=32, cold_starts=3,
+    "full": dict(batch_size=32, photos=200, rounds=3, warm_up=3, new_tokens=20, one_at_a_time=8, reference_batch=32, cold_starts=3,
+                 search_photos=128, search_batches=(16, 32, 64), search_rounds=3,
                  scaling={"batch size": [8, 16, 32, 64], "caption length": [8, 14, 24, 40], "prefix length": [5, 10, 20, 40],
                           "mapping layers": [2, 4, 8, 12]}),
     "reduced": dict(batch_size=8, photos=12, rounds=2, warm_up=1, new_tokens=6, one_at_a_time=3, reference_batch=4, cold_starts=1,
+                    search_photos=8, search_batches=(2, 4), search_rounds=1,
                     scaling={"batch size": [2, 4], "caption length": [8, 14], "prefix length": [5, 10], "mapping layers": [1, 2]})}
 
-
+# %% ../../nbs/studies/benchmark.ipynb #7ef483d9
 @dataclass
 class CaptionBatch:
     "A batch of real captions."
@@ -72,6 +76,7 @@ class Workload:
     one: CaptionBatch  # one caption per image
     five: CaptionBatch  # five captions per image
     photos: list[Path]  # of the images
+    lengths: list[int]  # tokens of one caption of each photo, special tokens included
     data: FlickrDataset  # one caption of each image of a batch
     untrained: dict  # weights of the mapping network
 
@@ -142,7 +147,9 @@ def load_workload(
         items = [every[every.items.index((name, k))] for name in names[:images] for k in range(each)]
         tensors = {k: v.to(device) if torch.is_tensor(v) else v for k, v in every.collate(items).items()}
         return CaptionBatch(tensors, [item["caption"] for item in items], images)
-    return Workload(size, config, reference, ours, batch(count, 1), batch(-(-count//5), 5), list(photos.values()),
+    texts = captions.groupby("image").caption.first()
+    lengths = [len(ids) for ids in encode_captions(model.tokenizer, [texts[name] for name in names], 40)]
+    return Workload(size, config, reference, ours, batch(count, 1), batch(-(-count//5), 5), list(photos.values()), lengths,
                     dataset(count, "random"), copy.deepcopy(model.mapping_network.state_dict()))
 
 # %% ../../nbs/studies/benchmark.ipynb #c21a108b
@@ -291,9 +298,33 @@ def same_captions(
     return same
 
 # %% ../../nbs/studies/benchmark.ipynb #73e46abf
+def search_results(
+    work: Workload,  # is left in evaluation mode
+    limits: dict[str, float],  # type of numbers -> operations per second of the fastest product
+) -> dict:  # "search": lengths -> type -> `search_report` with its "share_of_limit"; and what is cited of it
+    "Compare our search with `generate`, from prefix to token ids, for captions of one length and of real lengths."
+    search, sizes = {"fixed": {}, "real": {}}, model_sizes(work.ours[""], CLIP_SIZES[work.size])
+    amounts = dict(rounds=work.search_rounds, batches=work.search_batches)
+    for model, (kind, limit) in zip(work.ours.values(), limits.items()):
+        model.eval()
+        with torch.inference_mode(): prefixes = model.prefix(torch.randn(work.search_photos, sizes.clip_dim, device=model.device)).to(model.gpt2.dtype)
+        search["fixed"][kind] = search_report(model, prefixes, work.new_tokens, **amounts)
+        counting, prefixes = countdown_model(model, work.lengths[:work.search_photos])
+        search["real"][kind] = search_report(counting, prefixes, 40, **amounts)
+    for reports in search.values():
+        for kind, report in reports.items():
+            needed = caption_flops(sizes, report["lengths"])/len(report["lengths"])
+            report["share_of_limit"] = needed*report["captions_per_second"]["ours"]["median"]/limits[kind]
+    def median(lengths): return {kind: report["ratio"]["median"] for kind, report in search[lengths].items()}
+    return {"search": search, "ratio_generate_fixed": median("fixed"), "ratio_generate_real": median("real"),
+            "share_of_limit": {kind: report["share_of_limit"] for kind, report in search["real"].items()}}
+
+# %% ../../nbs/studies/benchmark.ipynb #4e380ccc
 def captioning_report(
     work: Workload,  # is left in evaluation mode
     rounds: int,  # how often each way is measured
+    limits: dict[str, float],  # as in `search_results`
+    trained: str = "",  # name of a trained run that is measured, too
 ) -> dict:  # what `captioning.json` holds
     "Measure captioning: speed, whether captions are the same, and the time to the first one."
     rates, ids, captions = time_captioning(work, rounds)
@@ -309,7 +340,8 @@ def captioning_report(
                           f"{len(rates)} rounds in turns; the same token ids; a cold start: processes from start to end",
               **results("ours"), "seconds_to_first_caption": cold["mini"]["median"], "cold_start": cold,
               "one_at_a_time": results("one at a time"), "original_batch": results("original's batch"),
-              "same_token_ids": f"{sum(same)} of {len(same)} photos"}
+              "same_token_ids": f"{sum(same)} of {len(same)} photos", **search_results(work, limits),
+              "trained": trained_report(trained) if trained else None}
     if " bf16" in work.ours:
         equal = [a == b for a, b in zip(captions["ours"], captions["ours bf16"])]
         report["bf16"] = {**results("ours bf16"), "equal_captions": sum(equal)/len(equal)}
@@ -357,6 +389,12 @@ def benchmark_rows(
                        ("ours, bf16", captioning.get("bf16"))):
         if found: rows.append(("captioning", way, found["images_per_second"],
                                *found["spread"]["images_per_second"], found["ratio"], None))
+    real = captioning.get("search", {}).get("real", {})
+    for kind, report in real.items():
+        for way, share in ((f"generate, batches of {report['batch_size']}", None), ("ours", report["share_of_limit"])):
+            speed = report["captions_per_second"][way.split(",")[0]]
+            rows.append(("search, real lengths", way + ("" if kind == "float32" else ", bf16"), speed["median"], speed["low"], speed["high"],
+                         speed["median"]/real["float32"]["captions_per_second"]["generate"]["median"], share))
     return pd.DataFrame(rows, columns=["job", "way", "a_second", "low", "high", "ratio", "share"])
 
 
@@ -377,10 +415,10 @@ def plot_benchmark(
 ):  # matplotlib figure
     "Draw captions per second as bars, with the limit of each where it has one."
     from clipcap.runs.extras import plt
-    jobs = ["training", "captioning"]
-    figure, axes = plt.subplots(2, 1, figsize=(7, 5.6), layout="constrained",
+    jobs = list(rows.job.unique())
+    figure, axes = plt.subplots(len(jobs), 1, figsize=(7, 1.2 + 0.36*len(rows)), layout="constrained",
                                 height_ratios=[(rows.job == job).sum() for job in jobs])
-    for ax, job, unit in zip(axes, jobs, ("captions per second", "photos per second")):
+    for ax, job, unit in zip(axes, jobs, ("captions per second", "photos per second, photo to text", "captions per second, prefix to token ids")):
         part = rows[rows.job == job].iloc[::-1].reset_index(drop=True)
         colors = ["#0072B2" if way.startswith("ours") else "#999999" for way in part.way]
         ax.barh(part.way, part.a_second, color=colors, height=0.6,
@@ -431,6 +469,7 @@ def run_benchmark(
     vocabulary: str = "../shared/gpt2_tokenizer",  # as in `publish_gpt2`
     rounds: int | None = None,  # how often each thing is measured
     device: str = "auto",  # where to compute
+    trained: str = "",  # name of a trained run whose captions are timed, too
 ) -> Path:  # folder of `step.json`, `captioning.json` and two figures
     "Measure everything and write the results."
     folder, rounds = project_root()/"outputs/benchmark" if size == "full" else outputs_dir()/"reduced-benchmark", rounds or AMOUNTS[size]["rounds"]
@@ -439,7 +478,8 @@ def run_benchmark(
         work = load_workload(Path(scratch), size, data_root, vocabulary, str(pick_device(device)))
         step, seconds = training_report(work, rounds)
         step["data"] = data_report(work, seconds, rounds)
-        captioning = captioning_report(work, rounds)
+        limits = {"float32": step["limit_gflops"]*1e9, **({"bfloat16": step["bf16"]["limit_gflops"]*1e9} if " bf16" in work.ours else {})}
+        captioning = captioning_report(work, rounds, limits, trained)
         scaling = scaling_report(work, min(rounds, 3))
     write_json(folder/"step.json", {**step, "scaling": scaling.to_dict("records")})
     write_json(folder/"captioning.json", captioning)
