@@ -210,7 +210,8 @@ def _execute(notebook, out, parameters):
     from clipcap.runs.extras import papermill
     part = out.with_suffix(".running.ipynb")
     out.parent.mkdir(parents=True, exist_ok=True)
-    try: papermill.execute_notebook(str(notebook), str(part), parameters, kernel_name="python3", cwd=str(project_root()), stderr_file=sys.stderr)
+    try: papermill.execute_notebook(str(notebook), str(part), parameters, kernel_name="python3", cwd=str(project_root()), stderr_file=sys.stderr,
+                                        start_timeout=600, extra_arguments=["--log-level=ERROR"])  # ipykernel 7.4 warns of TCP on each start
     finally:
         if part.is_file() and _is_whole(part): os.replace(part, out)
         part.unlink(missing_ok=True)
