@@ -17,7 +17,7 @@ _HOME = {  # where each public name is defined; imported when it is first used
     "ClipCapModel": "model", "MappingNetwork": "model", "generate_caption": "model",
     "generate_caption_batch": "model", "generate_from_embeddings": "model", "load_model": "model",
     "load_run": "decoding.load", "Caption": "decoding.captioner", "Captioner": "decoding.captioner",
-    "train_run": "train", "watch": "train", "explain": "attention", "Scores": "scoring.metrics", "score": "scoring.metrics",
+    "train_run": "train", "watch": "reporting.watch", "explain": "attention", "Scores": "scoring.metrics", "score": "scoring.metrics",
     "run_stages": "apps.pipeline",
 }
 __all__ = list(_HOME)

@@ -71,7 +71,7 @@ def setting(
     choices=None,  # possible values: a tuple, or a dict whose keys they are
     least: float | None = None,  # smallest possible number
     below: float | None = None,  # numbers must be smaller than this
-):
+):  # `dataclasses.field`
     "Declare one field of `Config`."
     return field(default=default, metadata={"stage": stage, "help": help, "choices": choices, "least": least, "below": below})
 
@@ -189,7 +189,7 @@ def _check_field(name, value, kinds):
         raise ValueError(f"{name}={value!r} is not a finite number; give one")
     if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
         raise ValueError(f"{name}={value!r:.80} holds a character that no text file can (NUL, or part of a name that is not "
-                         "UTF-8); rename what it stands for")
+                         "UTF-8); rename the file or the model")
     if f["least"] is not None and not value >= f["least"]:
         raise ValueError(f"{name}={value!r} is too small; it must be at least {f['least']}")
     if f["below"] is not None and value >= f["below"]:
@@ -316,7 +316,7 @@ class Run(RunFolder):
     def config(
         self,
         stage: str | None = None,  # one that has run; its settings may be older than the run's
-    ) -> Config:
+    ) -> Config:  # checked
         """Return the settings in `run.json`, of the run or of one of its stages.
 
         Raises `ValueError` naming the file and a setting that this version doesn't know, or whose value is not possible."""
@@ -350,7 +350,7 @@ class Run(RunFolder):
     ):
         "Add to `run.json` the hashes of files that a stage made after its end."
         entry = self.stage_entry(stage)
-        self.update_stage(stage, **_made(self, stage, entry, entry, only))
+        self.update_stage(stage, **_hash_made_files(self, stage, entry, entry, only))
 
 # %% ../nbs/00_core.ipynb #09a2d9c9
 def current_settings(
@@ -383,8 +383,8 @@ def check_earlier(
                     f"{before!r}; run {earlier} again or choose another run")
 
 
-def _made(run, stage, entry, before, only="*"):
-    "Hash what a stage has made; keep the hashes of files for another split that are still there."
+def _hash_made_files(run, stage, entry, before, only="*"):
+    "Hash the files that a stage has made; keep the hashes of files of another split that still exist."
     made = {name: hash_file(run.path/name) for name in made_files(run.path, stage, entry.get("eval_split", "test")) if fnmatch(name, only)}
     return {"made": {name: h for name, h in {**before.get("made", {}), **made}.items() if (run.path/name).is_file()}}
 
@@ -399,8 +399,8 @@ def _stage(run, stage, config, needs=()):
 
 @contextmanager
 def _recorded(run, stage, config, needs):
-    "Write the stage's part of `run.json`, at its start and at its end; put back what stood there where the stage is refused, and changed nothing."
-    before, files = run.manifest, _stamps(run, stage)
+    "Write the stage's part of `run.json`, at its start and at its end; restore the earlier one where the stage failed before it changed a file."
+    before, files = run.manifest, _sizes_and_times(run, stage)
     stages = before.get("stages", {})
     built_on = {s: stages[s]["started"] for s in needs}
     entry = {"started": _now(), "built_on": built_on, "config": stage_config(config, stage),
@@ -409,23 +409,23 @@ def _recorded(run, stage, config, needs):
     clock, notes = time.monotonic(), {}
     try:
         yield notes
-        run.update_stage(stage, **notes, **_made(run, stage, notes, stages.get(stage, {})), finished=_now(), seconds=round(time.monotonic() - clock, 1))
+        run.update_stage(stage, **notes, **_hash_made_files(run, stage, notes, stages.get(stage, {})), finished=_now(), seconds=round(time.monotonic() - clock, 1))
     except BaseException as error:
         with suppress(OSError):  # full disk: `run.json` stays as it was, with a stage that began and did not end
-            refused = isinstance(error, (OSError, TypeError, ValueError)) and files == _stamps(run, stage)
-            if refused and "finished" in stages.get(stage, {}): run.update(**{key: before[key] for key in ("config", "seed", "stages") if key in before})
+            unchanged = isinstance(error, (OSError, TypeError, ValueError)) and files == _sizes_and_times(run, stage)
+            if unchanged and "finished" in stages.get(stage, {}): run.update(**{key: before[key] for key in ("config", "seed", "stages") if key in before})
             else: run.update_stage(stage, **notes, error=f"{type(error).__name__}: {error}")
         raise
 
 
-def _stamps(run, stage):
+def _sizes_and_times(run, stage):
     "Map each file that a stage has made to its size and time."
     return {name: (found.st_size, found.st_mtime_ns) for name in made_files(run.path, stage, "*") for found in [(run.path/name).stat()]}
 
 # %% ../nbs/00_core.ipynb #54bcf4b3
 def check_preset(
-    run: Run,
-    preset: str | None,  # None: any
+    run: Run,  # new, or begun with some preset
+    preset: str | None,  # that is asked for; None: any
 ):
     "Raise `ValueError` where a run began with another preset."
     known = run.manifest.get("preset", preset)

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
@@ -167,7 +168,7 @@ def cache_folder(
     return outputs_dir()/"cache"/f"embeddings-{key[:16]}"
 
 
-def _photo(photos, name):
+def _open_photo(photos, name):
     "Read a photo from a folder or another place."
     opened = photos.open(name)
     return read_photo(opened, None if isinstance(opened, Path) else f"{name} in {photos}")
@@ -177,14 +178,13 @@ def _read_batch(photos, names, preprocess):
     "Return preprocessed images of the photos that can be read, their names, and the reasons for others."
     images, good, bad = [], [], {}
     for name in names:
-        try: images.append(preprocess(_photo(photos, name)))
-        except OSError as error: bad[name] = "missing" if isinstance(
-            error, FileNotFoundError) else str(error)
+        try: images.append(preprocess(_open_photo(photos, name)))
+        except OSError as error: bad[name] = "missing" if isinstance(error, FileNotFoundError) else str(error)
         else: good.append(name)
     return images, good, bad
 
 # %% ../nbs/01_data.ipynb #c1daa6a5
-def _known_photos(folder, source):
+def _find_cached(folder, source):
     "Find photos that some cache holds, by this encoder, preprocess and place: (name, stamp) -> its file, and row there."
     found = {}
     for file in sorted(folder.glob("embeddings-*/*.safetensors")):
@@ -196,7 +196,7 @@ def _known_photos(folder, source):
     return found
 
 
-def _copy_known(photos, known):
+def _copy_cached(photos, known):
     "Read the rows of photos that are known: name -> row."
     rows, files = {}, {}
     for name, stamp in photos.items():
@@ -209,7 +209,7 @@ def _copy_known(photos, known):
 
 def _encode_shard(photos, stamps, known, encode, preprocess, batch_size, bar):
     "Return embeddings (N, …) of the photos that can be read, their names, and the reasons for others; copy those that are known."
-    rows, bad = _copy_known(stamps, known), {}
+    rows, bad = _copy_cached(stamps, known), {}
     names = [name for name in stamps if name not in rows]
     bar.update(len(rows))
     for start in range(0, len(names), batch_size):
@@ -243,7 +243,7 @@ def embed_photos(
                 shard_bad = json.loads(metadata["bad"])
                 bar.update(len(shard))
             else:
-                if known is None: known = _known_photos(folder.parent, source)
+                if known is None: known = _find_cached(folder.parent, source)
                 rows, good, shard_bad = _encode_shard(photos, stamps, known, encode, preprocess, batch_size, bar)
                 write_embeddings(file, good, rows, encoder, stamps=json.dumps(stamps), bad=json.dumps(shard_bad), source=source)
             bad.update(shard_bad)
@@ -267,8 +267,8 @@ class FlickrDataset(Dataset):
         self.embeddings, self.tokenizer, self.seed, self.epoch = embeddings, tokenizer, seed, 0
         absent = [name for name in captions.image.unique() if name not in embeddings]
         if absent:
-            raise ValueError(f"{len(absent)} images have captions but no embedding in {embeddings.path}: "
-                             f"{', '.join(absent[:3])} …; encode them or leave them out of the table")
+            raise ValueError(f"{len(absent)} images have captions but no embedding in {embeddings.path}: {', '.join(absent[:3])} …; "
+                             "encode them or leave them out of the table")
         self.references = captions.groupby("image", sort=True).caption.apply(list).to_dict()
         self.images = list(self.references)
         ids = token_ids(tokenizer, captions.caption.tolist())
@@ -276,14 +276,6 @@ class FlickrDataset(Dataset):
         self.tokens = captions.assign(t=[enclose(tokenizer, of_one, max_length) for of_one in ids]).groupby("image", sort=True).t.apply(list).to_dict()
         every = [(image, k) for image in self.images for k in range(len(self.tokens[image]))]
         self.items = every if caption_sampling == "all" else [(image, None) for image in self.images]
-
-    def set_epoch(self, epoch: int):
-        "Choose the epoch whose captions `caption_sampling='random'` samples."
-        self.epoch = epoch
-
-    def count_cut(self) -> tuple[int, int]:  # captions that `max_length` cuts, captions
-        "Count the captions that are longer than `max_length`."
-        return self._cut
 
     def __len__(self): return len(self.items)
 
@@ -297,16 +289,36 @@ class FlickrDataset(Dataset):
                 "embedding": self.embeddings[image],  # (D,) or (T, D)
                 "input_ids": torch.tensor(self.tokens[image][k])}  # (L,)
 
-    def collate(self, items: list[dict]) -> dict:
-        "Make a batch of items, padded with the tokenizer's padding token."
-        return make_batch(items, self.tokenizer.pad_token_id)
+# %% ../nbs/01_data.ipynb #aaea9e17
+@patch
+def set_epoch(
+    self: FlickrDataset,
+    epoch: int,  # from 1
+):
+    "Choose the epoch whose captions `caption_sampling='random'` samples."
+    self.epoch = epoch
+
+
+@patch
+def count_cut(self: FlickrDataset) -> tuple[int, int]:  # captions that `max_length` cuts, captions
+    "Count the captions that are longer than `max_length`."
+    return self._cut
+
+
+@patch
+def collate(
+    self: FlickrDataset,
+    items: list[dict],  # B items of this data set
+) -> dict:  # as `make_batch`
+    "Make a batch of items, padded with the tokenizer's padding token."
+    return make_batch(items, self.tokenizer.pad_token_id)
 
 # %% ../nbs/01_data.ipynb #27e9641c
 def make_batch(
     items: list[dict],  # of `FlickrDataset`: B captions of I images
     pad: int,  # token id after a caption's end
 ) -> dict:  # embedding (I, …), input_ids and attention_mask (B, L), image_of (B,), image
-    "Put items side by side; each image's embedding stands once."
+    "Make a batch of items, with each image's embedding once."
     ids = torch.nn.utils.rnn.pad_sequence([item["input_ids"] for item in items], True, pad)  # (B, L)
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     embeddings = {item["image"]: item["embedding"] for item in items}
@@ -322,7 +334,7 @@ def _for_spreadsheet(text):
     return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
 
 
-def _refuse(bad, photos, run):
+def _raise_unusable(bad, photos, run):
     "Raise `OSError` naming the photos that are missing or can't be read."
     with atomic_path(run.path/"bad_images.csv") as temporary:
         pd.Series({_for_spreadsheet(name): reason for name, reason in bad.items()}, name="reason").rename_axis("image").to_csv(temporary)
@@ -348,16 +360,16 @@ def _encode_photos(names, source, config, run):
     photos = as_photos(source.photos)
     missing = {name: "missing" for name in names if photos.stamp(name) is None}
     if missing and (config.on_bad_image == "stop" or len(missing) == len(names)):
-        _refuse(missing, source.photos, run)
+        _raise_unusable(missing, source.photos, run)
     folder, bad = embed_photos(source.photos, names, *_encoder(config))
-    if bad and (config.on_bad_image == "stop" or len(bad) == len(names)): _refuse(bad, source.photos, run)
+    if bad and (config.on_bad_image == "stop" or len(bad) == len(names)): _raise_unusable(bad, source.photos, run)
     (run.path/"bad_images.csv").unlink(missing_ok=True)  # of an earlier try
     return folder, bad
 
 # %% ../nbs/01_data.ipynb #6e4a9292
 def prepare_data(
     run: Run,  # gets `captions_table.csv`
-    config: Config,  # says what to read
+    config: Config,  # data, encoder and split
 ) -> dict:  # what was read, found and left out: goes into `run.json`
     "Read captions, encode each photo once, assign the splits. Raises naming the file and the fix."
     source = find_source(data_folder(config))
@@ -403,7 +415,7 @@ def _check_parts(table, split, source):
 
 
 def _add_subsets(table, source):
-    "A column `subset` from `subsets.csv` (image,subset), where the data set has such a file."
+    "Add a column `subset` from `subsets.csv` (image,subset), where the data set has such a file."
     path = source.root/"subsets.csv"
     if not path.is_file(): return table
     return table.merge(pd.read_csv(path, dtype=str, keep_default_na=False), on="image", how="left")  # images may be called 007 or NA
@@ -416,20 +428,29 @@ class Data:
     embeddings: Embeddings  # of every image in `captions`
     photos: Path | Photos | None  # a plain folder, or another place, such as archives: read one with `photo`; None where there is none
 
-    def split(self, name: str) -> pd.DataFrame:
-        "The rows of one split: 'train', 'val' or 'test'."
+    def split(
+        self,
+        name: str,  # "train", "val" or "test"
+    ) -> pd.DataFrame:  # rows of `captions`
+        "Return the rows of one split. Raises `ValueError` where it has none."
         rows = self.captions[self.captions.split == name]
         if rows.empty: raise ValueError(f"split {name!r} has no images; there are {tuple(SPLITS)}")
         return rows
 
-    def references(self, split: str) -> dict[str, list[str]]:
-        "All captions of each image of a split, by image name."
+    def references(
+        self,
+        split: str,  # as in `split`
+    ) -> dict[str, list[str]]:  # image -> its captions
+        "Collect all captions of each image of a split."
         return self.split(split).groupby("image").caption.apply(list).to_dict()
 
-    def photo(self, name: str) -> Image.Image | None:
-        "A photo of the data, wherever they are; None where only its embedding is here."
+    def photo(
+        self,
+        name: str,  # image
+    ) -> Image.Image | None:  # None where only its embedding is here
+        "Open a photo of the data, from a folder or from an archive."
         if self.photos is None: return None
-        try: return _photo(as_photos(self.photos), name)
+        try: return _open_photo(as_photos(self.photos), name)
         except FileNotFoundError: return None
 
 
@@ -441,14 +462,13 @@ def load_data(
     `FileNotFoundError` where something of it is gone."""
     check_earlier(run, "load_data", config, ["01_data"])
     entry = run.stage_entry("01_data")
-    store = (resolve_path(config.embeddings) if config.embeddings
-             else outputs_dir()/entry["embeddings"])
-    def gone(what): return FileNotFoundError(f"{what}; make it again: papermill nbs/01_data.ipynb OUT.ipynb -p run {run.name}")
+    store = resolve_path(config.embeddings) if config.embeddings else outputs_dir()/entry["embeddings"]
+    def missing(what): return FileNotFoundError(f"{what}; make it again: papermill nbs/01_data.ipynb OUT.ipynb -p run {run.name}")
     try: table = pd.read_csv(run.path/"captions_table.csv", dtype=str, keep_default_na=False)
-    except FileNotFoundError: raise gone(f"{run.path/'captions_table.csv'} is missing") from None
+    except FileNotFoundError: raise missing(f"{run.path/'captions_table.csv'} is missing") from None
     photos = find_source(data_folder(config)).photos
     try: return Data(table, Embeddings(store), photos)
-    except FileNotFoundError as error: raise error if config.embeddings else gone(error) from None
+    except FileNotFoundError as error: raise error if config.embeddings else missing(error) from None
 
 # %% ../nbs/01_data.ipynb #0d129e22
 def show_photos(
@@ -458,7 +478,7 @@ def show_photos(
     title: str,  # of the page
     columns: int = 4,  # photos side by side
 ):  # matplotlib figure
-    "A page of photos with text; a photo that is not here leaves a grey field."
+    "Draw photos with text; a photo that is not here leaves a grey field."
     from clipcap.runs.extras import plt
     wrapped = [[w for line in text.split("\n") for w in textwrap.wrap(line, 31)] for text in texts]
     rows, text_height = -(-len(names)//columns), 0.22*max(map(len, wrapped)) + 0.1  # inches

@@ -140,19 +140,6 @@ class ClipCapModel(nn.Module):
         self.gpt2, self.tokenizer, self.mapping_network = gpt2, tokenizer, mapping_network
         self.clip, self.preprocess, self.ensemble, self.stop = clip, preprocess, nn.ModuleList(ensemble), stop
 
-    @property
-    def device(self) -> torch.device: return next(self.mapping_network.parameters()).device
-
-    @property
-    def features(self) -> str: return getattr(self.mapping_network, "features", "embedding")  # what it needs of CLIP
-
-    @property
-    def precision(self) -> str: return str(self.gpt2.dtype).removeprefix("torch.")  # in which GPT-2 computes
-
-    def autocast(self):
-        "Context in which CLIP and the mapping network multiply as precisely as GPT-2; their weights stay float32."
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
-
     def _apply(self, fn, recurse=True):
         "Move or convert weights, as `to`, `double` and others do. Raises `ValueError` for half precision."
         if (dtype := fn(torch.zeros(1)).dtype) in (torch.float16, torch.bfloat16):
@@ -161,24 +148,56 @@ class ClipCapModel(nn.Module):
         if self.clip is not None: self.clip.float()  # its normalization layers compute in nothing else
         return self
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "ClipCapModel":  # mode False: evaluation mode
         "Put the mapping network alone into training mode; CLIP and GPT-2, tuned or not, never use dropout."
         super().train(mode)
         for other in (self.gpt2, self.clip):
             if other is not None: other.eval()
         return self
 
-    def prefix(self, embedding: torch.Tensor) -> torch.Tensor:
-        "Map embeddings of I images, (I, clip_dim) or (I, T, clip_dim), to prefixes (I, prefix_length, d)."
+    def prefix(
+        self,
+        embedding: torch.Tensor,  # (I, clip_dim) or (I, T, clip_dim), of I images
+    ) -> torch.Tensor:  # (I, prefix_length, d)
+        "Map embeddings to prefixes."
         with self.autocast(): return self.mapping_network(embedding.to(next(self.mapping_network.parameters()).dtype))
 
-    def forward(self, embedding: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        "Compute `caption_losses` of the images' captions; further arguments are its."
+    def forward(
+        self,
+        embedding: torch.Tensor,  # as in `prefix`
+        *args,  # `input_ids`, `attention_mask`, `image_of`: as in `caption_losses`
+        **kwargs,  # as in `caption_losses`
+    ) -> torch.Tensor:  # (B,) summed loss of each caption, in nats
+        "Compute the losses of the images' captions."
         return caption_losses(self.gpt2, self.prefix(embedding), *args, **kwargs)
+
+# %% ../nbs/02_model.ipynb #bbbf82dd
+@patch(as_prop=True)
+def device(self: ClipCapModel) -> torch.device:  # of the mapping network, and so of inputs
+    "Return where the model computes."
+    return next(self.mapping_network.parameters()).device
+
+
+@patch(as_prop=True)
+def features(self: ClipCapModel) -> str:  # "embedding": one vector per photo; "grid": one per patch
+    "Return what the mapping network takes of CLIP."
+    return getattr(self.mapping_network, "features", "embedding")
+
+
+@patch(as_prop=True)
+def precision(self: ClipCapModel) -> str:  # "float32" or "bfloat16"
+    "Return the number format in which GPT-2 computes."
+    return str(self.gpt2.dtype).removeprefix("torch.")
+
+
+@patch
+def autocast(self: ClipCapModel):  # context manager
+    "Open a context in which CLIP and the mapping network multiply as precisely as GPT-2; their weights stay float32."
+    return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
 # %% ../nbs/02_model.ipynb #aa1ad430
 @patch(as_prop=True)
-def stop_id(self: ClipCapModel) -> int:
+def stop_id(self: ClipCapModel) -> int:  # token id
     "Return the token that ends a caption."
     return self.tokenizer.eos_token_id if self.stop is None else self.tokenizer.encode(self.stop, add_special_tokens=False)[0]
 

@@ -167,7 +167,7 @@ def pack_relevance(
     return packed, about
 
 # %% ../nbs/07_report.ipynb #0ea8bb47
-_VARIETY = {"distinct_1": "different words, of all words", "distinct_2": "different pairs, of all pairs of words",
+_DIVERSITY_LABELS = {"distinct_1": "different words, of all words", "distinct_2": "different pairs, of all pairs of words",
             "vocabulary": "different words", "mean_length": "words per caption",
             "novel": "captions not in training", "mbleu_4": "mBLEU-4 (1: all alike)"}
 
@@ -194,7 +194,7 @@ def summary_content(
             "columns": [label(c) for c in subsets],
             "rows": [(n, [number(v, "g" if c == "images" else ".3f") for c, v in row.items()])
                      for n, row in subsets.iterrows()]},
-        "diversity": [(_VARIETY.get(n, label(n)), f"none: {UNDEFINED[n]}" if v is None else number(v, ".3g")) for n, v in written["diversity"].items()],
+        "diversity": [(_DIVERSITY_LABELS.get(n, label(n)), f"none: {UNDEFINED[n]}" if v is None else number(v, ".3g")) for n, v in written["diversity"].items()],
         "protocol": [(label(n), v) for n, v in written["protocol"].items() if n != "metrics"],
     }
 
@@ -219,8 +219,8 @@ def sort_columns(
 def error_content(
     errors: pd.DataFrame | None,  # columns `image_id`, `kind`, `what`
     names: list[str],  # images
-    descriptions: dict[str, str],  # kind -> what it is
-) -> tuple[list[dict], dict]:  # a row per kind, the most frequent first; image -> {kind: what, joined}
+    descriptions: dict[str, str],  # kind -> its meaning
+) -> tuple[list[dict], dict]:  # a row per kind, the most frequent first; image -> {kind: the errors, joined}
     "Count errors in images, and collect those of each image."
     if errors is None: return [], {}
     errors = errors[errors.image_id.isin(names)]
@@ -254,7 +254,7 @@ def colour_scale() -> list[list[int]]:  # 256 colours as red, green and blue of 
 def figures_content(
     run: Run,  # with `figures/`
     split: str,  # of which
-    budget: int = 3_000_000,  # characters for all figures
+    budget: int = 3_000_000,  # characters of all figures together
 ) -> list[dict]:  # as many as fit
     "Collect the figures of a split that earlier stages drew."
     figures = []
@@ -269,7 +269,7 @@ def figures_content(
 def read_results(
     run: Run,  # evaluated
     split: str,  # that was captioned
-) -> tuple[dict, dict]:  # what was found, by name; name -> why it is not there, "" where it is
+) -> tuple[dict, dict]:  # contents by name; name -> reason why it is missing, "" where it is there
     "Read all files of a run that the page is made from. Raises `FileNotFoundError` for those of `04_evaluate`."
     captions = read_captions_json(required_file(run, f"captions_{split}.json", split))
     found = {"captions": captions,
@@ -293,7 +293,7 @@ def cards_content(
     found: dict,  # from `read_results`
     data: Data,  # photos and references
     split: str,  # of which
-    of_image: dict,  # image -> {kind of error: what}
+    of_image: dict,  # image -> {kind of error: the errors}
 ) -> list[dict]:  # variables of the template, one dict per image
     "Collect photo, caption, references, scores and errors of each image."
     captions, references = found["captions"], data.references(split)
@@ -309,7 +309,7 @@ def report_html(
     run: Run,  # evaluated
     data: Data,  # its photos and references
     split: str = "test",  # that was captioned
-    descriptions: dict[str, str] | None = None,  # kind of error -> what it is, in a sentence
+    descriptions: dict[str, str] | None = None,  # kind of error -> its meaning, one sentence
 ) -> str:  # the page
     "Write the report of a run as HTML. Raises `FileNotFoundError` where the split has no captions and scores."
     from markupsafe import Markup
@@ -341,7 +341,7 @@ def make_report(
     run: Run,  # whose `04_evaluate` has finished
     config: Config,  # of the run
     split: str = "test",  # that was captioned
-    descriptions: dict[str, str] | None = None,  # kind of error -> what it is, in a sentence
+    descriptions: dict[str, str] | None = None,  # kind of error -> its meaning, one sentence
 ) -> Path:  # `report.html` in the run folder
     "Write the report of a run, atomically. Raises `FileNotFoundError` as `report_html` does, `ValueError` as `check_recorded`."
     trained = run.config("03_train")

@@ -63,7 +63,7 @@ def test_controls_are_scored_like_the_model(trained):
     known = pd.read_csv(run.path/"scores_test.csv").cider.mean()
     assert list(table.index) == ["model", *CONTROLS] and table.cider.tolist() == pytest.approx([known]*4, abs=1e-9)
     assert table.share_of_model.tolist() == [1]*4
-    assert drawn(plot_controls, table).get_title() == "Given another image's caption, the score drops by 0%"
+    assert drawn(plot_controls, table).get_title() == "With another image's caption, CIDEr drops by 0%"
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -208,4 +208,4 @@ def test_confusion_of_any_split_can_be_drawn(parser, captions, references):
     table = confusion(captions, references)
     assert list(table) == [*table.index, NO_NOUN] and (table.to_numpy().sum(1) > 0).all()
     ax = drawn(plot_confusion, table)
-    if table.empty: assert ax.texts[0].get_text() == "no noun that most people say of an image"
+    if table.empty: assert ax.texts[0].get_text() == "no noun that most references of an image have"

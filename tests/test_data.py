@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from clipcap import data as module
 from clipcap.core import ENCODERS, Config, Run, open_run
-from clipcap.data import (FLICKR8K, Data, FlickrDataset, _refuse, cache_folder, data_folder, download_flickr8k, embed_photos, encode_grid,
+from clipcap.data import (FLICKR8K, Data, FlickrDataset, _raise_unusable, cache_folder, data_folder, download_flickr8k, embed_photos, encode_grid,
                           encode_images, load_clip, load_data, prepare_data, show_photos)
 from clipcap.formats.embeddings import Embeddings, write_embeddings
 from clipcap.formats.photos import read_photo
@@ -526,12 +526,12 @@ def test_subsets_of_images_whose_names_are_numbers_or_NA(outputs, tmp_path):
 
 
 def test_long_list_of_bad_photos_is_cut(outputs, tmp_path):
-    with pytest.raises(OSError, match="  … and 25 more"): _refuse({f"{k}.jpg": "missing" for k in range(45)}, tmp_path, open_run("bad")[0])
+    with pytest.raises(OSError, match="  … and 25 more"): _raise_unusable({f"{k}.jpg": "missing" for k in range(45)}, tmp_path, open_run("bad")[0])
 
 
 def test_spreadsheets_see_no_formula(outputs, tmp_path):
     run, _ = open_run("bad")
-    with pytest.raises(OSError): _refuse({"=1+1.jpg": "missing"}, tmp_path, run)
+    with pytest.raises(OSError): _raise_unusable({"=1+1.jpg": "missing"}, tmp_path, run)
     assert "'=1+1.jpg" in (run.path/"bad_images.csv").read_text()
 
 

@@ -18,8 +18,9 @@ from clipcap.model import generate_from_embeddings, load_model
 from clipcap.optim.processes import start_accelerator
 from clipcap.runs.checkpoints import checkpoint_path, load_checkpoint, read_metrics
 from clipcap.scoring.metrics import score
+from clipcap.reporting.watch import watch
 from clipcap.train import (compute_gradient, epoch_loader, main, plot_losses, train, train_run, train_stage, validate, validation_cider,
-                           validation_loss, watch)
+                           validation_loss)
 
 
 def trained(tiny, name, images=30, **changes):

@@ -21,7 +21,8 @@ from clipcap.formats.store import StoreWriter
 from clipcap.model import trained_weights
 from clipcap.runs.checkpoints import best_epoch, checkpoint_path, load_checkpoint, read_metrics, save_checkpoint
 from clipcap.runs.files import hash_file
-from clipcap.train import forget_later, recipe_changes, train_run, trained_so_far, watch
+from clipcap.reporting.watch import watch
+from clipcap.train import forget_later, recipe_changes, train_run, trained_so_far
 
 EVERYTHING = dict(epochs=3, schedule="cosine", warmup=0.2, ema=0.9, accumulate=2, batch_size=6, clip_norm=1., label_smoothing=0.1,
                   embedding_noise=0.1, embedding_dropout=0.1, embedding_scaling="standard", dropout=0.1, mapping_network="mlp", gpt2_tuning="lora")
@@ -139,7 +140,7 @@ def test_damaged_last_checkpoint_and_another_number_of_epochs_are_named(interrup
         with pytest.raises(ValueError, match=r"last.pt does not fit this model \("): train_run(parts, config)
     for recipe in ("x", "[1]"):
         save_checkpoint(path, {**state, "recipe": recipe})
-        with pytest.raises(ValueError, match=r"last.pt is not what a run goes on from \("): train_run(parts, config)
+        with pytest.raises(ValueError, match=r"last.pt is not a file that a run can resume from \("): train_run(parts, config)
     save_checkpoint(path, {**state, "recipe": json.dumps(state["recipe"])})
     with pytest.raises(ValueError, match="epochs was 3, is 4"): train_run(parts, replace(config, epochs=4))  # the learning rate depends on it
 

@@ -399,7 +399,7 @@ HOSTILE["Checkpoints"] = [
     ("a truncated checkpoint", file("x.pth", lambda: cut((samples().run/f"checkpoints/{WEIGHTS}").read_bytes())), weights, ValueError("x.pth is not a checkpoint")),
     ("an empty checkpoint", file("x.pth", b""), weights, ValueError("x.pth is not a checkpoint")),
     ("last.pt of another recipe", trained(last=with_entry("recipe", '{"epochs": 1, "learning_rate": 0.5}')), resumed, ValueError("last.pt was trained with another recipe", "learning_rate was 0.5", "restart=True")),
-    ("last.pt whose recipe is no JSON", trained(last=with_entry("recipe", "x")), resumed, ValueError("last.pt is not what a run goes on from", "restart=True")),
+    ("last.pt whose recipe is no JSON", trained(last=with_entry("recipe", "x")), resumed, ValueError("last.pt is not a file that a run can resume from", "restart=True")),
     ("last.pt without an optimizer", trained(last=lambda state: {k: v for k, v in state.items() if k != "optimizer"}), resumed, ValueError("last.pt does not fit", "optimizer", "restart=True")),
     ("last.pt with NaN in the optimizer", trained(last=with_entry("optimizer", {"state": {0: {"exp_avg": torch.tensor(float("nan"))}}, "param_groups": []})), resumed, ValueError("last.pt: optimizer.state.0.exp_avg holds NaN")),
     ("a CLIP that is a pickle with code", pickled("x.pt", torch.save), clip_model, ValueError("x.pt", "is not a CLIP")),
