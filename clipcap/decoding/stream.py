@@ -36,7 +36,7 @@ from ..runs.files import atomic_path, hash_file
 def read_ahead(
     photos: Iterable,  # paths; taken a batch at a time, so there may be any number
     read: Callable,  # path -> result; called in threads
-    batch_size: int,  # photos a batch
+    batch_size: int,  # photos per batch
     workers: int = 4,  # threads that read
 ) -> Iterator[list[tuple]]:  # batches of (path, what `read` returned or the exception it raised)
     "Read photos in batches, in order, the next batch while this one is used."

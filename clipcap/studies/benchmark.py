@@ -68,7 +68,7 @@ class CaptionBatch:
 
 @dataclass
 class Workload:
-    "What is measured: models of the same weights, captions, photos."
+    "Models of the same weights, captions and photos, to be measured."
     size: str  # key of `AMOUNTS`
     config: Config  # of our model
     reference: ClipCapModel  # from `literal_model`, with CLIP
