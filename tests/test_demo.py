@@ -190,7 +190,7 @@ def test_a_photo_is_uploaded_captioned_and_a_word_explained(served, captioner, b
     assert page.locator("#words .token .label").all_inner_texts() == [percent(p) for _, p in own.words]
     page.locator("#words .token").nth(1).click()
     page.locator("#map img").wait_for()
-    page.get_by_text(f"What speaks for “{own.words[1][0]}”").wait_for()
+    page.get_by_text(f"Heat map of “{own.words[1][0]}”").wait_for()
     (tmp_path/"no <b>.png").write_text("<html>")
     page.get_by_label("Remove Image").click()
     page.locator("#words .token").first.wait_for(state="detached")

@@ -183,7 +183,7 @@ def _outputs(gr, no_maps):
     words = gr.HighlightedText(label="Caption, with the probability of each word" + ("" if no_maps else ": click a word"), color_map=WORD_COLOURS,
                                show_legend=False, elem_id="words")
     choice = gr.Radio([], label="Candidates, with their log-probability per token", visible=False)
-    heat = gr.Image(label="What speaks for the word", interactive=False, format="png", height=400, elem_id="map",
+    heat = gr.Image(label="Heat map of the word", interactive=False, format="png", height=400, elem_id="map",
                     buttons=["download", "fullscreen"], visible=not no_maps)
     if no_maps: gr.Markdown(f"No maps of the photo: {no_maps}.")
     with gr.Accordion("Answer of the HTTP API (/caption)", open=False): answer = gr.JSON(show_label=False)
@@ -218,7 +218,7 @@ def build_page(
         if not found or not event.index < len(found[1][number].words): return None
         picture, strength = session.word_map(found[0], found[1][number], event.index)
         word = found[1][number].words[event.index][0]
-        return gr.Image(picture, label=f"What speaks for “{word}” (strength {percent(strength)})")
+        return gr.Image(picture, label=f"Heat map of “{word}” (strength {percent(strength)})")
 
     with gr.Blocks(title=f"clipcap: {name}", analytics_enabled=False) as page:
         gr.Markdown(f"## {html.escape(name)}")
