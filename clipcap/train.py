@@ -306,7 +306,7 @@ def steps(
     self.wrapped.train()
     try:
         yield self.bar
-        self.train_loss = sum_over_processes(float(self.loss))[0]/self.tokens
+        self.train_loss = sum_over_processes(float(self.loss))[0]/self.tokens  # `finish` writes it
         if self.captured: self.captured.check()
     except NotFinite as error: raise _not_finite(self.folder, epoch, error.batch, error.losses) from None
     self.seconds = time.monotonic() - started
