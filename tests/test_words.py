@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-UNIT = (r"(?:%|ms|µs|s|seconds?|minutes?|hours?|[kKMGT]i?B|(?:mega|giga|kilo)?bytes?|FLOPs?|photos?|images?|captions?|tokens|items|steps?|samples|"
+UNIT = (r"(?:%|nats|ms|µs|s|seconds?|minutes?|hours?|[kKMGT]i?B|(?:mega|giga|kilo)?bytes?|FLOPs?|photos?|images?|captions?|tokens|items|steps?|samples|"
         r"draws|words|times|once|twice|pairs|batches|vectors?|embeddings|parameters|candidates|references|rows|lines|errors|objects)")
 EACH = (r"an? (?:second|minute|hour|day|caption|photo|image|token|step|batch|epoch|item|word|run|seed|process|GPU|node|module|machine|worker|shard|"
         r"layer|patch|trial)")

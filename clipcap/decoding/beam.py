@@ -83,10 +83,11 @@ class _Search:
     def __init__(self, model, prefix_lengths, searches, num_beams, max_length, length_penalty=1., start_token=None, no_repeat_ngram_size=0):
         self.b, self.L, self.penalty, self.start, self.ngram = num_beams, max_length, length_penalty, start_token, no_repeat_ngram_size
         self.end, device, S, b, L = model.stop_id, model.device, searches, num_beams, max_length
-        self.unknown = getattr(model.gpt2, "unknown_ids", torch.zeros(0, dtype=torch.long)).to(device)
         on_cpu, wide = device.type == "cpu", torch.promote_types(model.gpt2.dtype, torch.float32)
         self.used, self.part = b*(min(L, 8) if on_cpu else L), 4096 if on_cpu else 1 << 20  # places of words that are read; words whose logits are made at once
         self.writers = [_Writer(m.gpt2, P, S, self.used) for m, P in zip((model, *getattr(model, "ensemble", ())), prefix_lengths)]
+        self.never = torch.zeros(len(self.writers[0].weight), dtype=torch.bool, device=device)  # words that are not written
+        self.never[getattr(model.gpt2, "unknown_ids", torch.zeros(0, dtype=torch.long)).to(device)] = True
         def full(value, *shape, dtype=wide): return torch.full(shape, value, dtype=dtype, device=device)
         self.t, self.last, self.done = full(1, S, dtype=torch.long), full(0, S, b, dtype=torch.long), full(True, S, dtype=torch.bool)
         self.ids, self.ended = full(-1, S, b, L, dtype=torch.long), full(-1, S, b, L, dtype=torch.long)  # -1: nothing
@@ -139,8 +140,7 @@ def _likely_words(search, hidden, banned=None, only=None):  # (n, d) of each mod
     for start, table in _tables(search, hidden):
         totals.append(table.logsumexp(1, keepdim=True))
         words = torch.arange(start, start + table.shape[1], device=table.device)
-        if len(search.unknown): table = table.masked_fill(torch.isin(words, search.unknown), -torch.inf)
-        if only is not None: table = table.masked_fill(words != only, -torch.inf)
+        table = table.masked_fill_(search.never[words] if only is None else words != only, -torch.inf)
         if banned is not None:
             here = (banned >= start) & (banned < start + len(words))
             table = table.scatter_reduce(1, (banned - start).clamp(0, len(words) - 1), torch.where(here, -torch.inf, torch.inf).to(table.dtype), "amin")

@@ -200,12 +200,13 @@ class PhotoCaptioner(CaptionWriter):
         "Caption photos. Raises `ValueError`, `TypeError` or `OSError` naming the photo or option that is not possible."
         generate_caption_batch([], self.model)  # raises `ValueError` for a model without CLIP
         _check_search(batch_size=batch_size)
-        write = self.writer(**options)
-        ahead = photos_ahead(self.model, self.decoding(**{name: value for name, value in options.items() if name not in ("candidates", "scores")}), batch_size)
+        write, ahead = self.writer(**options), self._ahead(batch_size, **options)
         if isinstance(photos, Iterator) and not hasattr(photos, "read"): return self._captions(photos, batch_size, write, ahead)
         listed = list_photos(photos)
         captions = list(self._captions(iter(listed), batch_size, write, ahead))
         return captions[0] if len(listed) == 1 and listed[0] is photos else captions
+
+    def _ahead(self, batch_size, candidates=1, scores=True, **options): return photos_ahead(self.model, self.decoding(**options), batch_size)
 
     def _captions(self, photos, batch_size, write, ahead):
         "Yield the captions of photos."
@@ -232,7 +233,7 @@ class PhotoCaptioner(CaptionWriter):
         _check_search(batch_size=batch_size)
         rows, write = torch.as_tensor(embeddings), self.writer(**options)
         if rows.ndim < 2 or not torch.isfinite(rows).all(): raise ValueError(f"expected embeddings (B, clip_dim) of finite numbers, found {tuple(rows.shape)}; one is embedding[None]")
-        return [caption for batch in rows.split(batch_size) for caption in write(batch)]
+        return [caption for batch in rows.split(self._ahead(batch_size, **options)) for caption in write(batch)]
 
 # %% ../../nbs/decoding/captioner.ipynb #7a69d816
 class Captioner(PhotoCaptioner, ModelHubMixin, library_name="clipcap"):

@@ -89,7 +89,7 @@ def validation_score(
     run: Run,  # trained
     config: Config,  # of the run
     metric: str = "cider",  # or "loss"
-) -> float:  # CIDEr of validation captions, or the lowest validation loss in nats a token
+) -> float:  # CIDEr of validation captions, or the lowest validation loss in nats per token
     "Score a run on the validation split."
     from clipcap.data import load_data
     from clipcap.decoding.load import load_ensemble
@@ -413,7 +413,7 @@ def plot_search(
     "Plot the scores in the order of trials, the best so far, and from ten trials on the importance of each field."
     from clipcap.runs.extras import plt
     done = [t for t in counted_trials(study) if t.state.name == "COMPLETE"]
-    metric = {"cider": "CIDEr", "loss": "loss, nats a token"}[study.user_attrs["asked"]["metric"]]
+    metric = {"cider": "CIDEr", "loss": "loss, nats per token"}[study.user_attrs["asked"]["metric"]]
     best = pd.Series([t.value for t in done], [t.number for t in done])
     best = best.cummin() if study.direction.name == "MINIMIZE" else best.cummax()
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
