@@ -465,6 +465,14 @@ def test_reranked_captions_have_probabilities_and_are_saved_without_reranking(tr
     assert Captioner.from_pretrained(tmp_path, device="cpu")(photos[0]).text == captioner(photos[0], rerank="none", temperature=0.).text
 
 
+def test_reranking_without_the_data_of_the_run_names_a_way_out(trained_copy, photos):
+    run, _ = trained_copy
+    captioner = Captioner.from_run("demo", device="cpu")
+    (run.path/"captions_table.csv").unlink()
+    with pytest.raises(ValueError, match=r"rerank='mbr' needs the data of run 'demo', and .*captions_table.csv.*save_pretrained\(FOLDER\), then clipcap caption --model FOLDER"):
+        captioner(photos[0], rerank="mbr")
+
+
 # --- the command
 
 @pytest.fixture

@@ -184,7 +184,12 @@ def _chooser(model, config, run, scores):
     "Return the function that captions embeddings as a run that reranks does."
     from clipcap.decoding.rerank import caption_writer  # imported late: the first caption should not wait for it
     from clipcap.scoring.clipscore import text_encoder
-    choose = caption_writer(model, config, lambda: load_data(run, config), model.clip and text_encoder(model.clip, config.clip_model))
+    def data():
+        try: return load_data(run, config)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"rerank={config.rerank!r} needs the data of run {run.name!r}, and {error!s:.300}; put them back, or caption without reranking: "
+                             f"Captioner.from_run({run.name!r}).save_pretrained(FOLDER), then clipcap caption --model FOLDER") from None
+    choose = caption_writer(model, config, data, model.clip and text_encoder(model.clip, config.clip_model))
     return partial(chosen_captions, model=model, max_length=config.max_length, choose=choose) if scores else choose
 
 # %% ../../nbs/decoding/captioner.ipynb #11f9e7d7
