@@ -232,7 +232,7 @@ def beam_search(
     prefixes = [prefix] if torch.is_tensor(prefix) else prefix
     device, N = prefixes[0].device, len(prefixes[0])
     S = min(N, searches or _room(model.gpt2, prefixes[0].shape[1] + num_beams*max_length)) if device.type == "cpu" else (
-        searches or (32 if N <= 32 else 128 if N <= 256 else 256))
+        searches or next((S for S in (32, 128) if N <= S), 256))
     running, waiting = [None]*S, list(range(N))
     search = _search_of(model, tuple(p.shape[1] for p in prefixes), S, num_beams, max_length, length_penalty, start_token, no_repeat_ngram_size)
     found, told = torch.full((N, num_return_sequences, max_length), -1), torch.zeros(N, num_return_sequences, max_length, dtype=search.told.dtype)
