@@ -45,9 +45,9 @@ from clipcap.attention import explain
 from clipcap.checks.literal import literal_loss, literal_model, loss_and_gradients, mean_loss
 from clipcap.core import make_config, pick_device, seed_everything
 from clipcap.data import FlickrDataset, embed_photos, encode_images, load_clip
-from clipcap.decoding.stream import caption_stream, read_ahead
+from clipcap.decoding.stream import caption_stream
 from clipcap.formats.embeddings import Embeddings, write_embeddings
-from clipcap.formats.photos import read_photo
+from clipcap.formats.photos import read_ahead, read_photo
 from clipcap.model import generate_ids, load_model
 from clipcap.networks.packing import has_bf16, pick_dtype
 from clipcap.studies.flops import CLIP_SIZES, GPT2_SIZES, NETWORK_SIZES, model_sizes, publish_gpt2, step_flops

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLICKR8K_URL', 'FLICKR8K', 'download_flickr8k', 'data_folder', 'load_mini_clip', 'load_clip', 'image_features',
-           'encode_images', 'encode_grid', 'cache_folder', 'embed_photos', 'FlickrDataset', 'make_batch',
-           'prepare_data', 'Data', 'load_data', 'show_photos']
+           'encode_images', 'cache_folder', 'embed_photos', 'FlickrDataset', 'make_batch', 'prepare_data', 'Data',
+           'load_data', 'show_photos']
 
 # %% ../nbs/01_data.ipynb #b636285d
 import hashlib
@@ -33,11 +33,11 @@ from .formats.clip_files import load_clip_file
 from .formats.download import download, unpack
 from .formats.embeddings import Embeddings, data_hash, read_metadata, write_embeddings
 from .formats.origin import source_hashes
-from .formats.photos import READING, read_photo
+from .formats.photos import READING, read_ahead, read_photo
 from .formats.readers import (FEWEST, SPLITS, Photos, as_photos, check_official, find_layout, find_source, random_split,
                                      read_table)
 from .formats.tokenizer import enclose, token_ids
-from .networks.packing import exact_float32
+from .networks.packing import exact_float32, pick_dtype
 from .networks.encoders import as_encoder, weights_hash
 from .runs.files import asset_path, atomic_path, hash_file, outputs_dir, project_root, resolve_path
 
@@ -140,19 +140,12 @@ def encode_images(
     clip_model: torch.nn.Module,  # from `load_clip`
     images: torch.Tensor,  # (B, 3, H, W), preprocessed
     features: str = "embedding",  # as in `image_features`
-) -> torch.Tensor:  # (B, D) or (B, T, D), float32 on the CPU, not normalised
+) -> torch.Tensor:  # (B, D), or (B, T, D) row by row from the top left; float32 on the CPU, not normalised
     "Encode a batch of images without gradients. Raises `ValueError` for pixels that are not preprocessed: whole numbers."
     if not images.is_floating_point(): raise ValueError(f"images hold {images.dtype}: encode what CLIP's preprocess returns, such as preprocess(photo)[None]")
     device = next(clip_model.parameters()).device
     return image_features(clip_model, images.to(device), features).float().cpu()
 
-
-def encode_grid(
-    clip_model: torch.nn.Module,  # from `load_clip`, with a vision transformer
-    images: torch.Tensor,  # (B, 3, H, W), preprocessed
-) -> torch.Tensor:  # (B, T, D) float32 on the CPU, row by row from the top left, not normalised
-    "Encode each patch of a batch of images. Raises `ValueError` for an encoder without patches, such as a ResNet."
-    return encode_images(clip_model, images, "grid")
 
 # %% ../nbs/01_data.ipynb #8a2a8eb7
 def cache_folder(
@@ -160,11 +153,13 @@ def cache_folder(
     preprocess: Callable,  # CLIP's transform
     photos: Path | Photos,  # where they are
     names: list[str],  # images, in order
+    dtype: torch.dtype = torch.float32,  # in which the encoder computes
 ) -> Path:  # folder of shards under `outputs/cache`
     "Return the folder for the embeddings of these images by this encoder."
     steps = f"{re.sub(r' at 0x[0-9a-f]+', '', repr(preprocess))} {READING}"  # function addresses change every time
     place = os.path.relpath(as_photos(photos).root, project_root())  # a project that moves keeps its caches
-    key = hashlib.sha256(json.dumps([encoder, steps, place, names]).encode()).hexdigest()
+    kind = [] if dtype == torch.float32 else [str(dtype)]
+    key = hashlib.sha256(json.dumps([encoder, steps, place, names, *kind]).encode()).hexdigest()
     return outputs_dir()/"cache"/f"embeddings-{key[:16]}"
 
 
@@ -174,14 +169,13 @@ def _open_photo(photos, name):
     return read_photo(opened, None if isinstance(opened, Path) else f"{name} in {photos}")
 
 
-def _read_batch(photos, names, preprocess):
-    "Return preprocessed images of the photos that can be read, their names, and the reasons for others."
-    images, good, bad = [], [], {}
-    for name in names:
-        try: images.append(preprocess(_open_photo(photos, name)))
-        except OSError as error: bad[name] = "missing" if isinstance(error, FileNotFoundError) else str(error)
-        else: good.append(name)
-    return images, good, bad
+def _split_batch(batch):
+    "Return the photos that could be read, preprocessed, and the reasons for others, both by name. Raises any error but those of reading."
+    good, bad = {name: image for name, image in batch if torch.is_tensor(image)}, {}
+    for name, error in batch:
+        if isinstance(error, OSError): bad[name] = "missing" if isinstance(error, FileNotFoundError) else str(error)
+        elif name not in good: raise error
+    return good, bad
 
 # %% ../nbs/01_data.ipynb #c1daa6a5
 def _find_cached(folder, source):
@@ -212,10 +206,9 @@ def _encode_shard(photos, stamps, known, encode, preprocess, batch_size, bar):
     rows, bad = _copy_cached(stamps, known), {}
     names = [name for name in stamps if name not in rows]
     bar.update(len(rows))
-    for start in range(0, len(names), batch_size):
-        batch = names[start:start + batch_size]
-        images, readable, unreadable = _read_batch(photos, batch, preprocess)
-        if images: rows |= zip(readable, encode(torch.stack(images)))
+    for batch in read_ahead(names, lambda name: preprocess(_open_photo(photos, name)), batch_size):
+        images, unreadable = _split_batch(batch)
+        if images: rows |= zip(images, encode(torch.stack([*images.values()])))
         bad |= unreadable
         bar.update(len(batch))
     good = [name for name in stamps if name in rows]
@@ -228,12 +221,13 @@ def embed_photos(
     encode: Callable,  # (B, 3, H, W) -> (B, D) or (B, T, D)
     preprocess: Callable,  # photo -> (3, H, W)
     encoder: str,  # name and weight hash, as `load_clip` gives it
+    dtype: torch.dtype = torch.float32,  # in which `encode` computes; part of the cache's key
     batch_size: int = 64,  # photos per batch
     shard_size: int = 512,  # photos per file
 ) -> tuple[Path, dict[str, str]]:  # folder of shards; unreadable photo -> reason
     "Encode each photo once; a folder of embeddings that a later call continues or reuses."
-    photos, folder, bad, known = as_photos(photos), cache_folder(encoder, preprocess, photos, names), {}, None
-    source = cache_folder(encoder, preprocess, photos, []).name  # of any names
+    photos, folder, bad, known = as_photos(photos), cache_folder(encoder, preprocess, photos, names, dtype), {}, None
+    source = cache_folder(encoder, preprocess, photos, [], dtype).name  # of any names
     with tqdm(total=len(names), desc="encoding photos", unit="photo") as bar:
         for start in range(0, len(names), shard_size):
             shard, file = names[start:start + shard_size], folder/f"{start:09d}.safetensors"
@@ -279,14 +273,19 @@ class FlickrDataset(Dataset):
 
     def __len__(self): return len(self.items)
 
-    def __getitem__(self, item: int) -> dict:
-        item = range(len(self))[item]  # from the end, where it is negative
+    def __getitem__(self, item: int) -> dict: return self.__getitems__([range(len(self))[item]])[0]  # also from the end
+
+    def __getitems__(self, items: list[int]) -> list[dict]:  # what a `DataLoader` asks for
+        images = [self.items[item][0] for item in items]
+        embeddings = dict(zip(unique := list(dict.fromkeys(images)), self.embeddings.stack(unique)))
+        return [self._item(item, embeddings) for item in items]
+
+    def _item(self, item, embeddings):
         image, k = self.items[item]
         if k is None:
-            draw = np.random.default_rng([self.seed, self.epoch, item])
-            k = int(draw.integers(len(self.tokens[image])))
+            k = int(np.random.default_rng([self.seed, self.epoch, item]).integers(len(self.tokens[image])))
         return {"image": image, "caption": self.references[image][k],
-                "embedding": self.embeddings[image],  # (D,) or (T, D)
+                "embedding": embeddings[image],  # (D,) or (T, D)
                 "input_ids": torch.tensor(self.tokens[image][k])}  # (L,)
 
 # %% ../nbs/01_data.ipynb #aaea9e17
@@ -346,10 +345,15 @@ def _raise_unusable(bad, photos, run):
 
 
 def _encoder(config):
-    "Load the frozen CLIP as `embed_photos` takes it: a function that encodes, its preprocess, the encoder's name."
-    model, preprocess, encoder = load_clip(config.clip_model, pick_device(config.device))
-    if config.features == "embedding": return lambda images: encode_images(model, images), preprocess, encoder
-    return lambda images: encode_grid(model, images).half(), preprocess, f"{encoder} grid"
+    "Load the frozen CLIP as `embed_photos` takes it: a function that encodes, its preprocess, the encoder's name, its type."
+    device = pick_device(config.device)
+    model, preprocess, encoder = load_clip(config.clip_model, device)
+    widest = max(len(weight) for weight in model.parameters() if weight.ndim)
+    dtype = pick_dtype(config.precision, device, widest)
+    @torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    def encode(images): return encode_images(model, images, config.features)
+    if config.features == "embedding": return encode, preprocess, encoder, dtype
+    return lambda images: encode(images).half(), preprocess, f"{encoder} grid", dtype
 
 
 def _encode_photos(names, source, config, run):
@@ -390,15 +394,13 @@ def prepare_data(
         notes["bad_images"] = bad
     table = table[table.image.isin(known.names)]
     if table.empty:
-        raise ValueError(f"no image of {source.root}, {source} has an embedding in {store}; their names "
-                         f"must agree: {names[0]!r} there, {known.names[0]!r} here")
+        raise ValueError(f"no image of {source.root}, {source} has an embedding in {store}; their names must agree: {names[0]!r} there, {known.names[0]!r} here")
     if config.split == "random": table = table.assign(split=table.image.map(random_split(table.image, config.seed)))
     notes["without_split"] = table[table.split.isna()].image.nunique()
     table = table.dropna(subset=["split"]).reset_index(drop=True)
     _check_parts(table, config.split, source)
     table = _add_subsets(table, source)
-    with atomic_path(run.path/"captions_table.csv") as temporary:
-        table.to_csv(temporary, index=False)
+    with atomic_path(run.path/"captions_table.csv") as temporary: table.to_csv(temporary, index=False)
     for what, number in notes["left_out"].items(): print(f"left out: {number} {what}", file=sys.stderr)
     notes |= source_hashes(source, [] if config.embeddings else table.image.unique())
     return {**notes, "encoder": known.encoder, "embedding_dim": known.dim,

@@ -19,7 +19,7 @@ from clipcap.formats.tokenizer import encode_captions
 from clipcap.model import load_model
 from clipcap.studies.benchmark import benchmark_rows, benchmark_table, check_steps, choose_captions, load_workload, plot_benchmark, step_results
 from clipcap.studies.flops import (CLIP_SIZES, GPT2_SIZES, NETWORK_SIZES, REFERENCE_SIZES, model_sizes, publish_clip, publish_gpt2, step_flops)
-from clipcap.studies.timing import matmul_functions, matmul_limit, matmul_shapes, measure, spread, training_memory
+from clipcap.studies.timing import _kind, matmul_functions, matmul_limit, matmul_shapes, measure, profile_step, spread, training_memory
 
 TEXTS = ["A dog runs .", "Two cats sleep on a bench .", "A bird .", "Three horses stand under a tree ."]
 
@@ -120,6 +120,15 @@ def test_the_limit_is_the_fastest_product():
     assert matmul_shapes(REFERENCE_SIZES, 768, 448)[-1] == (448, 768, 50259)
     (name, product), = matmul_functions([(2, 3, 4)], torch.bfloat16, "cpu").items()
     assert name == "matmul 2×3×4 bfloat16" and product().shape == (2, 4)
+
+
+def test_a_profile_adds_up_and_names_what_takes_longest():
+    a, layer = torch.randn(700, 700), torch.nn.LayerNorm(8)
+    found = profile_step(lambda: layer((a @ a)[:2, :8]))
+    assert sum(found.values()) == pytest.approx(1) and next(iter(found)) == "matrix products" and {"layer norm", "everything else"} <= set(found)
+    kinds = {"aten::addmm": "matrix products", "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "attention", "aten::gelu_backward": "GELU",
+             "aten::bernoulli_": "dropout", "aten::_fused_adamw_": "AdamW", "aten::index_select": "copies and conversions", "aten::mul": "everything else"}
+    assert {name: _kind(name) for name in kinds} == kinds
 
 
 def test_results_of_a_step_by_hand():

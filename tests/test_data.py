@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from clip.clip import _transform
 from clip.model import CLIP, LayerNorm, ResidualAttentionBlock
 from data_files import photo_bytes, tar_bytes, write
 from PIL import Image
@@ -26,16 +27,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from clipcap import data as module
-from clipcap.core import ENCODERS, Config, Run, open_run
-from clipcap.data import (FLICKR8K, Data, FlickrDataset, _raise_unusable, cache_folder, data_folder, download_flickr8k, embed_photos, encode_grid,
+from clipcap.core import ENCODERS, Config, Run, make_config, open_run
+from clipcap.data import (FLICKR8K, Data, FlickrDataset, _encoder, _raise_unusable, cache_folder, data_folder, download_flickr8k, embed_photos,
                           encode_images, load_clip, load_data, prepare_data, show_photos)
 from clipcap.formats.embeddings import Embeddings, write_embeddings
 from clipcap.formats.photos import read_photo
 from clipcap.formats.readers import SPLITS, find_layout, find_source, official_split, read_captions, read_table
 from clipcap.formats.tokenizer import encode_captions
+from clipcap.networks.packing import has_bf16
 from clipcap.runs.files import asset_path
 
 TEXT = dict(context_length=8, vocab_size=20, transformer_width=64, transformer_heads=1, transformer_layers=1)
+
+
+encode_grid = functools.partial(encode_images, features="grid")
 
 
 def random_vit(): return CLIP(32, 64, vision_layers=2, vision_width=64, vision_patch_size=32, **TEXT).eval()
@@ -373,8 +378,29 @@ def test_cache_belongs_to_encoder_preprocess_photos_and_names(scenes, scene_capt
     key = cache_folder("a@1", preprocess, scenes.photos, names)
     assert cache_folder("a@1", load_clip("mini")[1], scenes.photos, names) == key
     others = {cache_folder("a@2", preprocess, scenes.photos, names), cache_folder("a@1", preprocess, scenes.photos, names[1:]),
-              cache_folder("a@1", preprocess, scenes.photos.parent, names), cache_folder("a@1", print, scenes.photos, names)}
-    assert len({key, *others}) == 5
+              cache_folder("a@1", preprocess, scenes.photos.parent, names), cache_folder("a@1", print, scenes.photos, names),
+              cache_folder("a@1", preprocess, scenes.photos, names, torch.bfloat16)}
+    assert len({key, *others}) == 6
+
+
+def test_errors_of_preprocessing_are_raised(outputs, scenes, scene_captions):
+    "Only a photo that can't be read is left out."
+    def preprocess(photo): raise ZeroDivisionError("a fault of the code")
+    with pytest.raises(ZeroDivisionError, match="a fault of the code"): embed_photos(scenes.photos, sorted(scene_captions.image.unique())[:3], len, preprocess, "e")
+
+
+def test_clip_in_bfloat16_gives_nearly_the_same_embeddings(scenes, monkeypatch):
+    "At the size of ViT-B/32, with random weights."
+    if not has_bf16("cpu"): pytest.skip("no hardware for bfloat16")
+    torch.manual_seed(0)
+    wide = CLIP(512, 224, vision_layers=12, vision_width=768, vision_patch_size=32, **TEXT)
+    monkeypatch.setitem(ENCODERS, "wide", lambda: (wide, _transform(224)))
+    photos, rows = sorted(scenes.photos.iterdir())[:8], {}
+    for precision in ("auto", "float32"):
+        encode, preprocess, name, dtype = _encoder(make_config("flickr8k", clip_model="wide", device="cpu", precision=precision))
+        rows[dtype] = encode(torch.stack([preprocess(read_photo(photo)) for photo in photos]))
+    assert rows[torch.float32].dtype == rows[torch.bfloat16].dtype == torch.float32 and name.startswith("wide@")
+    assert 0.9995 <= torch.cosine_similarity(*rows.values()).min() < 1
 
 
 # --- the data set

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from clipcap.core import Run, make_config, open_run
-from clipcap.data import cache_folder, encode_grid, encode_images, load_clip, load_data, prepare_data
+from clipcap.data import cache_folder, encode_images, load_clip, load_data, prepare_data
 from clipcap.networks.encoders import HUB_ENCODERS, absolute_encoder, as_encoder, encoder_place, library_encoder_is_here
 from clipcap.networks.language_models import tiny_language_model
 
+encode_grid = partial(encode_images, features="grid")
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 VISION = dict(SIZES, image_size=32, patch_size=8, num_channels=3)
 DINO = {k: v for k, v in VISION.items() if k != "intermediate_size"}

@@ -7,7 +7,7 @@ from PIL import Image
 
 from clipcap import model as module
 from clipcap.core import make_config
-from clipcap.data import encode_grid
+from clipcap.data import encode_images
 from clipcap.formats.embeddings import Embeddings, write_embeddings
 from clipcap.formats.tokenizer import encode_captions
 from clipcap.model import (AveragedPredictions, ClipCapModel, GridMapping, caption_images, decoding_protocol, generate_caption,
@@ -201,7 +201,7 @@ def test_model_that_needs_patches_gets_patches(seen, clip_mini, gpt2, tokenizer)
     clip, preprocess, _ = clip_mini
     model = ClipCapModel(gpt2, tokenizer, GridMapping(16, 32, num_layers=1, num_heads=1), clip, preprocess)
     pictures = [Image.linear_gradient("L"), Image.linear_gradient("L").rotate(90)]
-    torch.testing.assert_close(generate_caption_batch(pictures, model), encode_grid(clip, torch.stack([*map(preprocess, pictures)])), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(generate_caption_batch(pictures, model), encode_images(clip, torch.stack([*map(preprocess, pictures)]), "grid"), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name in ("num_beams", "max_length", "num_return_sequences") for value in (0, -1, 2.5, None)] + [("temperature", -1)])

@@ -1,13 +1,15 @@
 """Reading photos (clipcap.formats.photos)."""
 import io
+import threading
 
 import numpy as np
 import pytest
+import torch
 from data_files import fails
 from PIL import Image
 
 from clipcap.formats import photos as module
-from clipcap.formats.photos import read_photo, upright
+from clipcap.formats.photos import read_ahead, read_photo, upright
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +47,30 @@ def test_photo_of_a_turned_camera_is_upright():
 def test_photo_too_long_or_too_large_is_refused(monkeypatch, size, text):
     monkeypatch.setattr(module, "MOST_PIXELS", 2000)
     with fails(text): upright(Image.new("L", size))
+
+
+# --- reading ahead
+
+def test_photos_are_read_in_order_with_errors_in_place():
+    batches = list(read_ahead(range(-3, 4), lambda n: 1/n, batch_size=3))
+    assert [[n for n, _ in batch] for batch in batches] == [[-3, -2, -1], [0, 1, 2], [3]]
+    assert isinstance(batches[1][0][1], ZeroDivisionError)
+    assert all(value == 1/n for batch in batches for n, value in batch if n)
+    assert list(read_ahead([], str, 3)) == []
+    with pytest.raises(ValueError, match="batch_size=0 is too small"): list(read_ahead([1], str, 0))
+
+
+def test_next_batch_is_read_while_this_one_is_used():
+    eighth = threading.Event()  # photo 7 is the last of the second batch
+    batches = read_ahead(range(100), lambda n: eighth.set() if n == 7 else None, batch_size=4)
+    next(batches)
+    assert eighth.wait(60)
+
+
+def test_threads_that_read_compute_alone_and_the_caller_keeps_its_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        read = [threads for batch in read_ahead(range(8), lambda n: (n, torch.ones(200_000).add(1).sum(), torch.get_num_threads())[2], 4, workers=2) for _, threads in batch]
+        assert read == [1]*8 and torch.get_num_threads() == 3
+    finally: torch.set_num_threads(before)

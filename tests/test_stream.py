@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import weakref
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from clipcap.checks.literal import literal_beam_search
 from clipcap.core import DECODING, FIELDS, Run, make_config
 from clipcap.data import encode_images, load_clip
 from clipcap.decoding.load import load_run
-from clipcap.decoding.stream import (begin_captions, caption_files, caption_settings, caption_stream, find_photos, load_captioner, read_ahead,
+from clipcap.decoding.stream import (begin_captions, caption_files, caption_settings, caption_stream, find_photos, load_captioner,
                                      read_paths)
 from clipcap.formats.clip_files import SIZES
 from clipcap.formats.photos import read_photo
@@ -107,22 +106,6 @@ def broken(tmp_path, photos):
     (tmp_path/"damaged.png").write_bytes(photos[0].read_bytes()[:300])
     (tmp_path/"note.jpg").write_text("not a photo")
     return tmp_path/"damaged.png", tmp_path/"note.jpg"
-
-
-def test_photos_are_read_in_order_with_errors_in_place():
-    batches = list(read_ahead(range(-3, 4), lambda n: 1/n, batch_size=3))
-    assert [[n for n, _ in batch] for batch in batches] == [[-3, -2, -1], [0, 1, 2], [3]]
-    assert isinstance(batches[1][0][1], ZeroDivisionError)
-    assert all(value == 1/n for batch in batches for n, value in batch if n)
-    assert list(read_ahead([], str, 3)) == []
-    with pytest.raises(ValueError, match="batch_size=0 is too small"): list(read_ahead([1], str, 0))
-
-
-def test_next_batch_is_read_while_this_one_is_used():
-    eighth = threading.Event()  # photo 7 is the last of the second batch
-    batches = read_ahead(range(100), lambda n: eighth.set() if n == 7 else None, batch_size=4)
-    next(batches)
-    assert eighth.wait(60)
 
 
 def test_stream_is_lazy_and_holds_two_batches(model, photos, monkeypatch):

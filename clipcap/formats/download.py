@@ -17,13 +17,12 @@ import zlib
 from pathlib import Path
 from tempfile import mkdtemp
 
-import pooch
-import requests
 from tqdm import tqdm
 
 # %% ../../nbs/formats/download.ipynb #89669063
 def _receive(url, part, timeout):
     "Make one attempt to append the rest of a file to `part`. Raises `requests.RequestException`."
+    import requests
     have = part.stat().st_size if part.is_file() else 0
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
@@ -50,6 +49,7 @@ class _Resume:
     def __init__(self, part, timeout): self.part, self.timeout = part, timeout
 
     def __call__(self, url, output_file, pooch, check_only=False):
+        import requests
         while True:
             before = self.part.stat().st_size if self.part.is_file() else 0
             try: _receive(url, self.part, self.timeout)
@@ -70,13 +70,14 @@ def download(
     """Download a file unless it exists. Raises `OSError` that explains how to get it by other means.
 
     An existing file with another hash is not replaced; it raises `ValueError`."""
+    import pooch  # here: a program that downloads nothing starts sooner
     folder = Path(folder)
     part = folder/f"{name}.part"
     store = pooch.create(folder, base_url.rstrip("/") + "/", registry={name: known_hash},
                          retry_if_failed=attempts - 1, allow_updates=False)
     by_hand = f"get {name} by other means ({known_hash.replace(':', ' ')}), put it in {folder}, and run again"
     try: return Path(store.fetch(name, downloader=_Resume(part, timeout)))
-    except (requests.RequestException, OSError) as error:
+    except OSError as error:  # those of requests, too
         kept = part.stat().st_size/1e6 if part.is_file() else 0
         raise OSError(
             f"{name} can't be downloaded from {base_url} ({error}). "

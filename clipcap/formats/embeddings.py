@@ -81,15 +81,15 @@ class Embeddings:
         path: str | Path,  # an embeddings file, or a folder of them
         *more: str | Path,  # further files or folders of the same data set
     ):
-        self.path, self._where, self._slices, shapes, encoders = Path(path), {}, [], set(), {}
+        self.path, self._where, self._rows, shapes, encoders = Path(path), {}, [], set(), {}
         for file in [file for part in (path, *more) for file in _embeddings_files(Path(part))]:
             names, shape, metadata = read_metadata(file)
             if names: shapes.add(shape)
             encoders.setdefault(metadata.get("encoder", "unknown"), file)
             for row, name in enumerate(names):
                 if name in self._where: raise ValueError(f"{file}: {name} has two embeddings; remove one")
-                self._where[name] = len(self._slices), row
-            self._slices.append(safe_open(file, "pt").get_slice("embeddings"))
+                self._where[name] = len(self._rows), row
+            self._rows.append(safe_open(file, "pt").get_tensor("embeddings"))  # memory-mapped
         (*self._parts, self.dim), self.encoder = _one_shape(path, shapes), _one_encoder(path, encoders)
 
     @property
@@ -108,21 +108,15 @@ class Embeddings:
 
     def __getitem__(self, name: str) -> torch.Tensor:  # (D,) or (T, D), float32
         "Return the embedding of one image. Raises `ValueError` if it is not finite."
-        file, row = self._where[name]
-        value = self._slices[file][row:row + 1][0].float()
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{self.path}: the embedding of {name} holds NaN or infinity; "
-                             "encode it again")
-        return value
+        return self.stack([name])[0]
 
 # %% ../../nbs/formats/embeddings.ipynb #63a0b8fa
 @patch
 def digest(self: Embeddings) -> str:  # 64 hexadecimal digits
     "Return the SHA-256 of names and rows, in order."
     digest = hashlib.sha256(json.dumps(self.names).encode())
-    for rows in self._slices:
-        for start in range(0, rows.get_shape()[0], step := 4096//(self.tokens or 1) or 1):
-            digest.update(rows[start:start + step].float().numpy().tobytes())
+    for rows in self._rows:
+        for some in rows.split(4096//(self.tokens or 1) or 1): digest.update(some.float().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -131,8 +125,13 @@ def stack(
     self: Embeddings,
     names,  # N image names
 ) -> torch.Tensor:  # (N, D) or (N, T, D), float32
-    "Return the embeddings of several images in the order of `names`."
-    return torch.stack([self[name] for name in names])
+    "Return the embeddings of several images in the order of `names`. Raises `ValueError` for one that is not finite."
+    names = list(names)
+    rows = torch.stack([self._rows[file][row] for file, row in map(self._where.__getitem__, names)]).float()
+    if not torch.isfinite(rows).all():
+        name = names[torch.isfinite(rows).flatten(1).all(1).tolist().index(False)]
+        raise ValueError(f"{self.path}: the embedding of {name} holds NaN or infinity; encode it again")
+    return rows
 
 
 @patch

@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['PHOTO_FORMATS', 'MOST_PIXELS', 'MOST_ASPECT', 'READING', 'PHOTO_SUFFIXES', 'upright', 'read_photo', 'is_photo',
-           'other_photos', 'warn_of_others', 'list_photos', 'preprocess_photos']
+           'other_photos', 'warn_of_others', 'list_photos', 'preprocess_photos', 'read_ahead']
 
 # %% ../../nbs/formats/photos.ipynb #26b2e5c7
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
+from threading import Barrier
 from typing import BinaryIO
 
 import numpy as np
@@ -160,3 +163,40 @@ def preprocess_photos(
     found = {(name := f"photos[{number}]"): _prepare(photo, name, preprocess, shape) for number, photo in enumerate(list_photos(photos), first)}
     _check_preprocessed({name: image for name, (image, given) in found.items() if given})
     return torch.stack([image for image, _ in found.values()]) if found else torch.zeros(0, *shape)
+
+# %% ../../nbs/formats/photos.ipynb #8144baea
+def _cores():
+    "Return the number of cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _reading_threads(workers):
+    "Start threads, each of which computes alone; the caller keeps its number of threads."
+    pool, started, mine = ThreadPoolExecutor(workers, "read_ahead"), Barrier(workers + 1), torch.get_num_threads()
+    def begin():
+        torch.get_num_threads()  # from here on this thread has a number of its own
+        torch.set_num_threads(1)  # also the number of threads that begin later, therefore set back below
+        started.wait()
+    for _ in range(workers): pool.submit(begin)
+    started.wait()
+    torch.set_num_threads(mine)
+    return pool
+
+
+def read_ahead(
+    photos: Iterable,  # paths; taken a batch at a time, so there may be any number
+    read: Callable,  # path -> result; called in threads
+    batch_size: int,  # photos per batch
+    workers: int | None = None,  # threads that read; None: one per core
+) -> Iterator[list[tuple]]:  # batches of (path, what `read` returned or the exception it raised)
+    "Read photos in batches, in order, the next batch while this one is used."
+    if batch_size < 1: raise ValueError(f"batch_size={batch_size} is too small; it must be at least 1")
+    photos, pool = iter(photos), _reading_threads(workers or _cores())
+    def start(): return [(path, pool.submit(read, path)) for path in islice(photos, batch_size)]
+    try:
+        batch = start()
+        while batch:
+            following = start()
+            yield [(path, future.exception() or future.result()) for path, future in batch]
+            batch = following
+    finally: pool.shutdown(wait=False, cancel_futures=True)

@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from ..core import Run, pick_device, seed_everything
 from ..data import encode_images, load_clip
-from ..decoding.stream import caption_row, check_settings, load_captioner, read_ahead, writing_config
+from ..decoding.stream import caption_row, check_settings, load_captioner, writing_config
 from ..formats.embeddings import write_embeddings
+from ..formats.photos import read_ahead
 from ..runs.files import atomic_path
 from .sources import Unit, is_address, open_photo, read_unit
 

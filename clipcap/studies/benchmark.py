@@ -40,7 +40,7 @@ from .search_speed import caption_flops, countdown_model, search_report, trained
 from .flops import (CLIP_SIZES, GPT2_SIZES, NETWORK_SIZES, model_sizes, publish_clip, publish_gpt2,
                                    step_flops)
 from .timing import (first_caption_seconds, literal_step, matmul_functions, matmul_limit, matmul_shapes,
-                                    measure, our_step, spread, training_memory)
+                                    measure, our_step, profile_step, spread, training_memory)
 
 # %% ../../nbs/studies/benchmark.ipynb #d15605c6
 AMOUNTS = {
@@ -249,13 +249,14 @@ def data_report(
     "Measure what waits for data: reading photos before each step, or rows of a memory-mapped file; and CLIP's own work, done once."
     photos, count = work.photos[:work.batch_size], work.batch_size
     pixels = work.pixels(photos)
+    clips = {"CLIP": lambda: encode_images(work.reference.clip, pixels)}
+    if " bf16" in work.ours: clips["CLIP, bf16"] = torch.autocast(work.reference.device.type, torch.bfloat16)(clips["CLIP"])
     found = measure({"original: read photos": lambda: work.pixels(photos),
-                     "ours: read embeddings": lambda: next(iter(DataLoader(work.data, count, collate_fn=work.data.collate))),
-                     "CLIP": lambda: encode_images(work.reference.clip, pixels)}, rounds)
+                     "ours: read embeddings": lambda: next(iter(DataLoader(work.data, count, collate_fn=work.data.collate))), **clips}, rounds)
     return {"seconds_a_batch": {name: spread(found[name]) for name in found},
             "stall_as_share_of_step": {"original": spread(found["original: read photos"]/seconds["original"]),
                                        "ours": spread(found["ours: read embeddings"]/seconds["ours"])},
-            "photos_embedded_per_second": spread(count/(found["CLIP"] + found["original: read photos"]))}
+            **{name.replace("CLIP", "photos_embedded_per_second"): spread(count/(found[name] + found["original: read photos"])) for name in clips}}
 
 # %% ../../nbs/studies/benchmark.ipynb #389e53dd
 def time_captioning(
@@ -478,6 +479,10 @@ def run_benchmark(
         work = load_workload(Path(scratch), size, data_root, vocabulary, str(pick_device(device)))
         step, seconds = training_report(work, rounds)
         step["data"] = data_report(work, seconds, rounds)
+        if work.reference.device.type == "cpu":
+            fused = torch.optim.AdamW(work.network.train().parameters(), work.config.learning_rate, fused=True)
+            step["profile"] = {name: profile_step(partial(our_step, model.train(), fused, work.one.batch))
+                               for name, model in zip(("float32", "bfloat16"), work.ours.values())}
         limits = {"float32": step["limit_gflops"]*1e9, **({"bfloat16": step["bf16"]["limit_gflops"]*1e9} if " bf16" in work.ours else {})}
         captioning = captioning_report(work, rounds, limits, trained)
         scaling = scaling_report(work, min(rounds, 3))
