@@ -146,11 +146,17 @@ def test_flickr8k_is_read_from_its_folder_or_file(at):
     assert (source.format, source.photos, str(source)) == ("Flickr8k", None, "Flickr8k_text/Flickr8k.token.txt") and left_out == {"images without a caption": 1}
 
 
+def test_captions_txt_may_have_a_column_split_and_lists_come_first():
+    table = {"captions.txt": "image,split,caption\na.jpg,train,A dog\nb.jpg,validation,A cat\nc.jpg,,A cow\nd.jpg,train,A duck\n"}
+    assert [split for _, _, split in read_files(table)[0]] == ["train", "val", None, "train"]
+    assert [split for _, _, split in read_files(table | {"Flickr_8k.testImages.txt": "d.jpg\n"})[0]] == ["train", "val", None, "test"]
+
+
 def test_kaggles_copy_has_no_split(): assert read_files({"captions.txt": "image,caption\na.jpg,A dog\n"})[0] == [("a.jpg", "A dog", None)]
 
 
 @pytest.mark.parametrize("text", ["split='official' finds no image for test in ", "it is read from Flickr_8k.trainImages.txt, Flickr_8k.devImages.txt, "
-                                  "Flickr_8k.testImages.txt; put them beside the captions; or use split='random'"])
+                                  "Flickr_8k.testImages.txt, or from a column split of captions.txt; put the lists beside the captions, or add the column; or use split='random'"])
 def test_absent_official_split_is_named(text):
     with fails(text): read_files(FLICKR8K, official=True)
 

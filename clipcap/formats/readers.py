@@ -182,22 +182,27 @@ _ODD_NAMES = {"2258277193_586949ec62.jpg.1": "2258277193_586949ec62.jpg"}  # nam
 
 
 def _token_rows(path):
-    "Yield pairs (image, caption) of a token file."
+    "Yield rows (image, caption, None) of a token file."
     for number, line in read_lines(path):
         name, tab, caption = line.partition("\t")
         image, mark, _ = name.rpartition("#")
         if not tab or not mark:
             raise ValueError(f"{path}, line {number}: expected 'photo.jpg#0<TAB>caption', "
                              f"found {line[:60]!r}; correct or remove the line")
-        yield _ODD_NAMES.get(image.strip(), image), caption
+        yield _ODD_NAMES.get(image.strip(), image), caption, None
 
 # %% ../../nbs/formats/readers.ipynb #59812f32
 def caption_rows(
     path: str | Path,  # a `.token` or `.token.txt` file, or a table for `table_rows`
 ) -> Iterator[tuple[str, str]]:  # image, caption
     "Yield the captions of a token file or a table. Raises `ValueError` naming file and line of a bad row."
+    for image, caption, _ in _rows(path): yield image, caption
+
+
+def _rows(path):
+    "Yield rows (image, caption, cell of the column `split` or None) of a token file or a table."
     rows = _token_rows(path) if str(path).endswith(("token.txt", ".token")) else table_rows(Path(path))
-    for image, caption, *_ in rows: yield image.strip(), caption
+    for image, caption, split in rows: yield image.strip(), caption, split
 
 
 def _single_rows(rows, where):
@@ -246,8 +251,8 @@ def read_flickr8k(
 ) -> tuple[Callable, Path | None]:  # yields (image, caption, split); folder of photos
     "Read Flickr8k in either layout."
     def rows():
-        split = _listed(_text_folder(root))
-        for image, caption in caption_rows(files[0]): yield image, caption, split.get(image)
+        listed = _listed(_text_folder(root))
+        for image, caption, split in _rows(files[0]): yield image, caption, listed.get(image) or (split_of(split) if split else None)
 
     return rows, flickr_photos(root)
 
@@ -256,7 +261,7 @@ FLICKR8K = Reader(
     ("Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt", "captions.txt", "Flickr8k_text/captions.txt"),
     "Flickr8k.token.txt or captions.txt, in it or in Flickr8k_text/",
     "photo.jpg#0<TAB>caption, or a CSV with the header image,caption or that of another table",
-    "it is read from " + ", ".join(SPLITS.values()) + "; put them beside the captions", read_flickr8k)
+    "it is read from " + ", ".join(SPLITS.values()) + ", or from a column split of captions.txt; put the lists beside the captions, or add the column", read_flickr8k)
 
 # %% ../../nbs/formats/readers.ipynb #a7b01416
 READERS: dict[str, Reader | str] = {  # format -> reader, or "module:NAME", which is imported on first use

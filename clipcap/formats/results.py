@@ -105,7 +105,7 @@ def text_rows(
     first = next(read_lines(path), (1, ""))[1]
     name, tab, _ = first.partition("\t")
     if str(path).endswith(("token.txt", ".token")): yield from caption_rows(path)
-    elif tab and re.search(r"#\d+$", name): yield from _token_rows(path)
+    elif tab and re.search(r"#\d+$", name): yield from (row[:2] for row in _token_rows(path))
     elif tab and _PHOTO.fullmatch(name): yield from (line.split("\t", 1) if "\t" in line else (line, "") for _, line in read_lines(path))
     elif [cell.strip() for cell in first.split("|")] == ["image_name", "comment_number", "comment"]: yield from (row[:2] for row in _bar_rows(path))
     elif {"raw", "split", "filename"} <= {*next(csv.reader([first]), [])}: yield from (row[:2] for row in _annotation_rows(path))
