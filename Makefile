@@ -33,7 +33,7 @@
 #                with what $(VENV) has beside it, or with EMPTY=1 in an empty environment that pip fills (6 GB)
 #
 # RUN=name PRESET=mini|flickr8k SET="epochs=5 seed=1" FORCE=1 change what `make run` does.
-# CPU=1 with the first of these: torch's build for CPUs, from TORCH_INDEX, without 2.5 GB of CUDA.
+# CPU=1 with the first of these: torch's build for CPUs, from TORCH_INDEX, without 2.4 GB of CUDA.
 # LOCKED=1 with any of these: in .venv-locked, which holds what requirements.lock lists, checked against its hashes.
 
 PYTHON ?= python3
@@ -182,18 +182,19 @@ export: $(VENV)/installed
 	$(BIN)/nbdev_clean
 	$(MAKE) readme
 
-# README.md is what nbs/index.ipynb renders to; its figures lie in outputs/readme
+# README.md is what nbs/index.ipynb renders to, with links from here; its figures lie in outputs/readme
 readme:
 	rm -rf outputs/readme
 	$(BIN)/jupyter nbconvert --log-level WARN --to markdown nbs/index.ipynb \
 		--output-dir . --output README --NbConvertApp.output_files_dir=outputs/readme \
 		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=hide \
 		--TagRemovePreprocessor.remove_input_tags=hide-input
-	sed -E -i.old -e 's|!\[png\]\((.*/)(.*)\.png\)|![\2](\1\2.png)|' -e 's/[[:space:]]+$$//' README.md
+	sed -E -i.old -e 's|!\[png\]\((.*/)(.*)\.png\)|![\2](\1\2.png)|' -e 's/[[:space:]]+$$//' \
+		-e 's;\]\(([a-z0-9_/]+\.ipynb|apps/[a-z_]+\.png);](nbs/\1;g' -e 's;\]\(\.\./;](;g' README.md
 	cat -s README.md | sed -e '$${/^$$/d;}' > README.md.old && mv README.md.old README.md
 
 lab: $(VENV)/installed
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
 # the package and all it needs, once, and again when the requirements change
 $(VENV)/installed: settings.ini setup.py $(if $(LOCKED),requirements.lock)

@@ -101,7 +101,7 @@ class ModelSettings(DataSettings):
     num_heads: int = setting(8, "02_model", "attention heads per layer", least=1)
     feedforward_dim: int = setting(2048, "02_model", "hidden width of each feed-forward part", least=1)
     dropout: float = setting(0.1, "02_model", "dropout in the mapping network, in training", least=0, below=1)
-    embedding_scaling: str = setting("none", "02_model", '"standard": subtract the mean and divide by the standard deviation of the training photos; "unit": divide by its length', ("none", "standard", "unit"))
+    embedding_scaling: str = setting("none", "02_model", '"standard": subtract the mean and divide by the standard deviation of the training photos; "unit": divide by its L2 norm', ("none", "standard", "unit"))
     embedding_noise: float = setting(0.0, "02_model", "standard deviation of noise on the scaled embedding, in training", least=0)
     embedding_dropout: float = setting(0.0, "02_model", "dropout on the embedding, in training", least=0, below=1)
 
@@ -134,7 +134,7 @@ class TrainingSettings(ModelSettings):
 class DecodingSettings(TrainingSettings):
     "Settings of how captions are written."
     checkpoint: str = setting("last", "04_evaluate", 'epoch: "last", "best", or the "average" of all kept checkpoints', ("last", "best", "average"))
-    ensemble: str = setting("", "04_evaluate", "names of further runs whose predictions are averaged with this run's")
+    ensemble: str = setting("", "04_evaluate", "names of further runs, separated by spaces, whose log-probabilities are averaged with this run's")
     num_beams: int = setting(5, "04_evaluate", "beams of the search; 1: greedy", least=1)
     start_token: str = setting("free", "04_evaluate", '"free": the model has to write it, as in the reference recipe; "given": captions begin with it', ("free", "given"))
     length_penalty: float = setting(1.0, "04_evaluate", "beams are ranked by log-likelihood over length to this power", least=0)
@@ -143,7 +143,7 @@ class DecodingSettings(TrainingSettings):
     top_p: float = setting(1.0, "04_evaluate", "nucleus sampling: total probability of the tokens sampled from", least=0)
     rerank: str = setting("none", "04_evaluate", "how the best of several candidates is chosen: key of `RERANKERS`", RERANKERS)
     beam_groups: int = setting(1, "04_evaluate", "groups of diverse beam search among the candidates", least=1)
-    diversity_penalty: float = setting(1.0, "04_evaluate", "nats per beam of an earlier group with the same token at the same place", least=0)
+    diversity_penalty: float = setting(1.0, "04_evaluate", "penalty, in nats, for each beam of an earlier group that has the same token at this position", least=0)
     samples: int = setting(0, "04_evaluate", "sampled candidates beside the beams", least=0)
     neighbours: int = setting(60, "04_evaluate", 'nearest training images used by "consensus" and "regression"', least=1)
     ridge: float = setting(1.0, "04_evaluate", 'ridge penalty of "regression"', least=0)

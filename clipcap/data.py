@@ -130,7 +130,7 @@ def image_features(
     clip_model: torch.nn.Module,  # from `load_clip`
     images: torch.Tensor,  # (B, 3, H, W), preprocessed, on its device
     features: str = "embedding",  # "embedding", or "grid": the patches
-) -> torch.Tensor:  # (B, D) or (B, T, D), not normalised; gradients flow
+) -> torch.Tensor:  # (B, D) or (B, T, D), not normalized; gradients flow
     "Encode a batch of images. Raises `ValueError` for the patches of an encoder that has none, such as a ResNet."
     return as_encoder(clip_model).encode(images, features)
 
@@ -140,7 +140,7 @@ def encode_images(
     clip_model: torch.nn.Module,  # from `load_clip`
     images: torch.Tensor,  # (B, 3, H, W), preprocessed
     features: str = "embedding",  # as in `image_features`
-) -> torch.Tensor:  # (B, D), or (B, T, D) row by row from the top left; float32 on the CPU, not normalised
+) -> torch.Tensor:  # (B, D), or (B, T, D) row by row from the top left; float32 on the CPU, not normalized
     "Encode a batch of images without gradients. Raises `ValueError` for pixels that are not preprocessed: whole numbers."
     if not images.is_floating_point(): raise ValueError(f"images hold {images.dtype}: encode what CLIP's preprocess returns, such as preprocess(photo)[None]")
     device = next(clip_model.parameters()).device

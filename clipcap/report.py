@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['data_uri', 'thumbnails', 'plot_val_cider', 'without_styles', 'curves_svg', 'required_file', 'optional_file', 'pack',
-           'pack_relevance', 'summary_content', 'sort_columns', 'error_content', 'render', 'colour_scale',
+           'pack_relevance', 'summary_content', 'sort_columns', 'error_content', 'render', 'color_scale',
            'figures_content', 'read_results', 'cards_content', 'report_html', 'make_report']
 
 # %% ../nbs/07_report.ipynb #5bd7efc0
@@ -245,8 +245,8 @@ def render(
     return page.encode("utf-8", "replace").decode()  # half a surrogate pair, which JSON may hold, becomes a question mark
 
 
-def colour_scale() -> list[list[int]]:  # 256 colours as red, green and blue of 0 to 255
-    "Return the colour map Inferno: brighter is more, for colour-blind readers too."
+def color_scale() -> list[list[int]]:  # 256 colors as red, green and blue of 0 to 255
+    "Return the color map Inferno: brighter is more, for color-blind readers too."
     from clipcap.runs.extras import plt
     return (255*plt.get_cmap("inferno")(range(256))[:, :3]).round().astype(int).tolist()
 
@@ -318,7 +318,7 @@ def report_html(
     relevance, about = found["relevance"] or ([None]*len(names), {"method": "", "reason": ""})
     absent["photo_maps"] = about["reason"] and f"No maps of the photos: {about['reason']}"
     kinds, of_image = error_content(found["errors"], names, descriptions or {})
-    columns, colours, entry = sort_columns(found["per_image"], found["analysis"]), colour_scale(), run.stage_entry("04_evaluate")
+    columns, colors, entry = sort_columns(found["per_image"], found["analysis"]), color_scale(), run.stage_entry("04_evaluate")
     table = data.split(split).drop_duplicates("image").set_index("image")
     parts = table.subset.reindex(names).tolist() if "subset" in table else []
     cards = cards_content(found, data, split, of_image)
@@ -332,9 +332,9 @@ def report_html(
         "kinds": kinds, "with_errors": len(of_image), "sorts": columns.pop("sorts"), "parts": sorted(set(parts)),
         "cards": cards, "sizes": sorted({(card["width"], card["height"]) for card in cards}), "figures": figures_content(run, split),
         "settings": [(label(k), v) for k, v in {**run.manifest.get("config", {}), **machine}.items() if v is not None],
-        "gradient": ", ".join("rgb({} {} {})".format(*colour) for colour in colours[::17]),
+        "gradient": ", ".join("rgb({} {} {})".format(*color) for color in colors[::17]),
         "data": {**columns, "images": names, "subsets": parts, "kinds": [list(of_image.get(n, {})) for n in names],
-                 "relevance": relevance, "colours": colours}})
+                 "relevance": relevance, "colors": colors}})
 
 
 def make_report(

@@ -54,7 +54,7 @@ def train(
     recipe: dict,  # all that the weights depend on, for `resume`
     track: Callable | None = None,  # from `tracking`; called after each epoch
 ) -> pd.DataFrame:  # one row per epoch
-    "Train the mapping network, and what is tuned of GPT-2, from the last finished epoch on."
+    "Train the mapping network, and GPT-2 if it is tuned, starting after the last finished epoch."
     training = Training(model, train_set, config, folder, recipe)
     with training.write:  # writes checkpoints, on a GPU while training continues
         for epoch in range(training.finished + 1, config.epochs + 1):

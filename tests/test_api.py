@@ -110,7 +110,7 @@ def test_random_photos_in_random_forms(seen, model, tmp_path):
 @pytest.mark.numerics
 def test_a_dark_and_a_white_preprocessed_photo_are_captioned(seen, model):
     "White is above 1 everywhere once it is preprocessed."
-    images = [Image.new("RGB", (80, 60), colour) for colour in ("black", "white", "red", (150, 150, 150))]  # the grey lies between 0 and 1
+    images = [Image.new("RGB", (80, 60), color) for color in ("black", "white", "red", (150, 150, 150))]  # the grey lies between 0 and 1
     assert_same(generate_caption_batch(torch.stack([*map(model.preprocess, images)]), model), generate_caption_batch(images, model))
     with pytest.raises(ValueError, match="values from 0.00 to 1.00"): generate_caption_batch(torch.rand(1, 3, 64, 64), model)
 
@@ -129,7 +129,7 @@ REFUSED = {
     "another size": (noisy(1, 3, 32, 48) - 0.5, ValueError, r"photos\[0\] has the shape \(3, 32, 48\).*model.preprocess gives \(3, 64, 64\)"),
     "floats, channels last": (noisy(1, 64, 64, 3), ValueError, r"photos\[0\] has the shape \(64, 64, 3\)"),
     "two channels": (np.zeros((9, 9, 2), np.uint8), ValueError, r"photos\[0\] has the shape \(9, 9, 2\)"),
-    "which side is colour?": (np.zeros((3, 9, 3), np.uint8), ValueError, r"photos\[0\] has the shape \(3, 9, 3\)"),
+    "which side is color?": (np.zeros((3, 9, 3), np.uint8), ValueError, r"photos\[0\] has the shape \(3, 9, 3\)"),
     "a batch in a batch": (np.zeros((1, 1, 3, 9, 9), np.uint8), ValueError, r"photos\[0\] has the shape \(1, 3, 9, 9\)"),
     "16 bits": (np.zeros((9, 9, 3), np.uint16), ValueError, r"photos\[0\] holds .*int"),
     "whole numbers": (torch.zeros(2, 3, 64, 64, dtype=torch.long), ValueError, r"photos\[0\] holds .*int64"),

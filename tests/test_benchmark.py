@@ -179,7 +179,7 @@ def test_the_notebook_measures_at_reduced_size(outputs, tmp_path):
     assert [{*found} | {"bf16"} for found in (step, captioning)] == [{*found} | {"bf16"} for found in committed]  # what README and planning read
     assert captioning["same_token_ids"] == "6 of 6 photos" and len(step["scaling"]) == 8
     rows = benchmark_rows(folder)
-    assert rows.job.unique().tolist() == ["training", "captioning", "search, real lengths"] and rows.groupby("job").ratio.first().round(6).tolist() == [1, 1, 1]
+    assert rows.job.unique().tolist() == ["training", "captioning", "beam search, real lengths"] and rows.groupby("job").ratio.first().round(6).tolist() == [1, 1, 1]
     assert benchmark_table(folder).shape == (len(rows), 3) and len(plot_benchmark(rows).axes) == 3
     assert (folder/"benchmark.png").is_file() and (folder/"scaling.png").is_file()
     plt.close("all")

@@ -34,7 +34,7 @@ def made_up(folder, name="my run", cider=(1.0, 2.0), **changes):
 def card(tmp_path): return write_card(*made_up(tmp_path)).read_text("utf-8")
 
 
-@pytest.mark.parametrize("name, text", [("bleu_4", "BLEU-4"), ("rouge_l", "ROUGE-L"), ("cider", "CIDEr"), ("spice_color", "SPICE color"), ("wrong_colour", "wrong colour")])
+@pytest.mark.parametrize("name, text", [("bleu_4", "BLEU-4"), ("rouge_l", "ROUGE-L"), ("cider", "CIDEr"), ("spice_color", "SPICE color"), ("wrong_color", "wrong color")])
 def test_names_are_spelled_as_usual(name, text): assert label(name) == text
 
 

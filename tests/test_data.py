@@ -276,7 +276,7 @@ def test_without_a_connection_file_hash_and_place_are_named(tmp_path, monkeypatc
 
 def test_a_new_encoder_is_one_line(monkeypatch, tmp_path, outputs, scenes, scene_captions):
     class Sums(torch.nn.Module):
-        "Encodes a photo by the mean of each colour."
+        "Encodes a photo by the mean of each color."
         def __init__(self): super().__init__(); self.weight = torch.nn.Parameter(torch.ones(3))
         def encode_image(self, images): return images.mean((2, 3))*self.weight
     monkeypatch.setitem(ENCODERS, "sums", lambda: (Sums(), load_clip("mini")[1]))

@@ -10,7 +10,7 @@ from PIL import Image
 
 gradio = pytest.importorskip("gradio")
 
-from clipcap.apps.demo import WORD_COLOURS, Session, build_page, example_photos, find_captioner, free_port, heat_map, percent, serve
+from clipcap.apps.demo import WORD_COLORS, Session, build_page, example_photos, find_captioner, free_port, heat_map, percent, serve
 from clipcap.apps.cli import main
 from clipcap.checks.hostile import HOSTILE
 from clipcap.checks.payloads import photo
@@ -60,8 +60,8 @@ def test_heat_map_is_bright_where_the_relevance_is():
     assert heat_map(Image.new("RGB", (500, 600)), relevance).size == (500, 600)  # never smaller than what the model saw
 
 
-def test_every_probability_has_a_colour():
-    assert {percent(p) for p in np.linspace(0, 1, 1001)} == {*WORD_COLOURS} and (WORD_COLOURS["100%"], WORD_COLOURS["0%"]) == ("#2563eb", "#ea580c")
+def test_every_probability_has_a_color():
+    assert {percent(p) for p in np.linspace(0, 1, 1001)} == {*WORD_COLORS} and (WORD_COLORS["100%"], WORD_COLORS["0%"]) == ("#2563eb", "#ea580c")
 
 
 def test_a_name_that_is_nothing_names_the_three_places(outputs):

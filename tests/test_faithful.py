@@ -20,7 +20,7 @@ def captioner():
     return load_model(make_config("mini")).eval()
 
 
-def test_hidden_patches_take_the_mean_colour():
+def test_hidden_patches_take_the_mean_color():
     hidden = torch.zeros(2, 2, 2, dtype=torch.bool)
     hidden[1, 0, 1] = True
     twice = hide_patches(torch.ones(3, 4, 4), hidden)
@@ -108,10 +108,10 @@ def test_nothing_depends_on_the_photo(captioner, monkeypatch, captions):
 
 
 def test_peaks_point_into_boxes():
-    centres = patch_centers((2, 2))
-    assert centres.tolist() == [[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]
-    assert in_boxes(centres, [(0, 0, 0.5, 0.5)]).tolist() == [True, False, False, False]
-    assert in_boxes(centres, [(0, 0, 0.5, 0.5), (0.6, 0.6, 1, 1)]).tolist() == [True, False, False, True]
+    centers = patch_centers((2, 2))
+    assert centers.tolist() == [[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]
+    assert in_boxes(centers, [(0, 0, 0.5, 0.5)]).tolist() == [True, False, False, False]
+    assert in_boxes(centers, [(0, 0, 0.5, 0.5), (0.6, 0.6, 1, 1)]).tolist() == [True, False, False, True]
     maps = torch.tensor([[[0., 1], [0, 0]]])
     explanation = Explanation(["dog"], maps, None, None, None, None, None, maps[0].flip(0))
     assert pointing_game(explanation, {0: [(0.5, 0, 1, 0.5)]}).iloc[0].tolist() == ["dog", 1., 0., 1., 0.25]

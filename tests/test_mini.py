@@ -62,7 +62,7 @@ def pixels(image): return np.asarray(image.convert("RGB")).astype(int)
 def test_what_can_be_drawn(scene, sensible): assert is_sensible(scene) == sensible
 
 
-def test_every_colour_and_kind_is_held_out_somewhere_and_learned_elsewhere(drawn):
+def test_every_color_and_kind_is_held_out_somewhere_and_learned_elsewhere(drawn):
     seen, unseen = drawn
     assert {(s.color, s.kind) for s in unseen} == HELD_OUT and not {(s.color, s.kind) for s in seen} & HELD_OUT
     assert {c for c, _ in HELD_OUT} == set(COLORS) == {s.color for s in seen}
@@ -76,7 +76,7 @@ def test_the_same_seed_gives_the_same_scenes():
 
 # --- drawing
 
-def test_colour_changes_a_picture_but_no_outline():
+def test_color_changes_a_picture_but_no_outline():
     brown, green = (_large_sprite("dog", color, "running") for color in ("brown", "green"))
     assert brown.size == green.size and brown.getchannel("A").tobytes() == green.getchannel("A").tobytes()
     assert brown.tobytes() != green.tobytes()
@@ -97,7 +97,7 @@ def test_a_scene_that_makes_no_sense_is_refused():
     with pytest.raises(ValueError, match="can.t be drawn; see `is_sensible`"): draw_scene(Scene("car", "red", 1, "room", "standing"))
 
 
-def test_boxes_and_masks_hold_what_changes_with_the_colour(drawn):
+def test_boxes_and_masks_hold_what_changes_with_the_color(drawn):
     for scene in drawn[0][:60] + drawn[1][:15]:
         other = replace(scene, color="blue" if scene.color != "blue" else "red")
         changed, inside = (pixels(draw_scene(scene)) != pixels(draw_scene(other))).any(-1), np.zeros((SIZE, SIZE), bool)
@@ -113,8 +113,8 @@ def test_boxes_and_masks_hold_what_changes_with_the_colour(drawn):
 
 
 def test_nearly_the_whole_thing_is_visible():
-    coloured = np.abs(pixels(draw_scene(DOGS)) - COLORS["brown"]).sum(-1) < 40
-    assert all(coloured[t:b, l:r].mean() > .2 for _, (l, t, r, b) in scene_boxes(DOGS))
+    colored = np.abs(pixels(draw_scene(DOGS)) - COLORS["brown"]).sum(-1) < 40
+    assert all(colored[t:b, l:r].mean() > .2 for _, (l, t, r, b) in scene_boxes(DOGS))
 
 
 # --- captions
@@ -166,7 +166,7 @@ def test_an_archive_is_the_same_each_time_and_holds_what_was_drawn(dataset, tmp_
     with zipfile.ZipFile(tmp_path/"a.zip") as archive:
         text = archive.read("Flickr8k_text/Flickr8k.token.txt").decode().splitlines()
         image = Image.open(archive.open("Flicker8k_Dataset/scene_00003.png"))
-        assert np.abs(pixels(image) - pixels(draw_scene(dataset.scene[3]))).mean() < 6  # 24 colours are enough
+        assert np.abs(pixels(image) - pixels(draw_scene(dataset.scene[3]))).mean() < 6  # 24 colors are enough
     assert len(text) == 100 and text[5] == f"scene_00001.png#0\t{dataset.captions[1][0]}"
 
 
@@ -253,7 +253,7 @@ def test_heads_that_know_the_answers_have_no_loss():
     nothing, embedding, patches = things*0, torch.zeros(1, 128), torch.zeros(1, GRID*GRID, 128)
     with torch.no_grad():
         heads.facts.bias.copy_(40.*torch.cat([F.one_hot(fact, len(values)) for fact, values in zip(facts[0], FACTS.values())]))
-        heads.patches.bias.zero_()[[0, len(THINGS)]] = 40.  # nothing, no colour
+        heads.patches.bias.zero_()[[0, len(THINGS)]] = 40.  # nothing, no color
         wrong = torch.cat([(facts[:, :1] + 1) % len(KINDS), facts[:, 1:]], 1)
         assert heads.loss(embedding, patches, facts, nothing) < 1e-4 < 1 < heads.loss(embedding, patches, facts, things)  # there is a ball
         assert heads.loss(embedding, patches, wrong, nothing).item() == pytest.approx(40/7, abs=1e-3)

@@ -109,12 +109,12 @@ def test_weights_minimize_squared_errors_and_the_ridge(toy):
     "Over functions in the kernel's span, plus a constant, by least squares."
     data, answers = toy(PLANE), np.array([1., -2., 5.])
     unit = torch.nn.functional.normalize(data.embeddings.stack(["ne", "s", "w", "n"]).double() - mean_embedding(data).double(), dim=1).numpy()
-    kernel, centre = np.exp(unit @ unit.T - 1), np.eye(3) - 1/3
-    centred = centre @ kernel[:3, :3] @ centre
-    values, vectors = np.linalg.eigh(centred)
+    kernel, center = np.exp(unit @ unit.T - 1), np.eye(3) - 1/3
+    centered = center @ kernel[:3, :3] @ center
+    values, vectors = np.linalg.eigh(centered)
     root = vectors*np.sqrt(values.clip(0)) @ vectors.T  # |root @ alpha|² is the norm of the function
-    alpha = np.linalg.lstsq(np.vstack([centred, math.sqrt(0.5)*root]), np.append(answers - answers.mean(), np.zeros(3)), rcond=None)[0]
-    predicted = (kernel[3, :3] - kernel[:3, :3].mean(0)) @ centre @ alpha + answers.mean()
+    alpha = np.linalg.lstsq(np.vstack([centered, math.sqrt(0.5)*root]), np.append(answers - answers.mean(), np.zeros(3)), rcond=None)[0]
+    predicted = (kernel[3, :3] - kernel[:3, :3].mean(0)) @ center @ alpha + answers.mean()
     assert RegressionWeights(data, 0.5)(["n"])[0] @ answers == pytest.approx(predicted, abs=1e-9)
 
 

@@ -122,9 +122,8 @@ def test_the_road_demonstrates_more_than_it_asserts(name):
 def test_links_between_notebooks_lead_somewhere():
     lost = []
     for path in NOTEBOOKS:
-        base = ROOT if path.stem == "index" else path.parent  # README's links start at the root
         for link in re.findall(r"\]\(([^)#:]+)\)", "\n".join(cells(path, "markdown"))):
-            if not (base/link).exists(): lost.append((name_of(path), link))
+            if not (path.parent/link).exists(): lost.append((name_of(path), link))
     assert not lost
 
 

@@ -234,7 +234,7 @@ def test_runs_are_not_trained_with_plain_captions(outputs):
 
 def test_captioner_of_photos_is_its_embeddings_and_their_probabilities(convert, gpt2, clip_mini):
     captioner = convert(published_state(perceptron(DIM, 10), gpt2))
-    photos = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue")]
+    photos = [Image.new("RGB", (64, 64), color) for color in ("red", "green", "blue")]
     captions, model = captioner(photos, max_length=20), captioner.model
     embeddings = encode_images(clip_mini[0], torch.stack([clip_mini[1](photo) for photo in photos])).clone()
     ids, means = mean_beam_search(model.gpt2, model.prefix(embeddings), model.stop_id, model.tokenizer.pad_token_id, 5, 20)
@@ -284,7 +284,7 @@ def test_command_converts_without_clip_and_network_and_says_what_it_assumed(tmp_
     status, out, err = run()
     assert (status, err) == (0, "") and out.splitlines() == [
         f"{tmp_path/'out'}: a transformer, prefix of 4, 2 layers",
-        "CLIP: RN50x4 (assumed from 640 numbers; --clip names another); its embedding is divided by its length (assumed; --normalize)",
+        "CLIP: RN50x4 (assumed from 640 numbers; --clip names another); its embedding is divided by its L2 norm (assumed; --normalize)",
         "GPT-2: gpt2, which the file has not", "left out: 1 constants of GPT-2's attention, such as gpt.transformer.h.0.attn.masked_bias"]
     assert json.loads((tmp_path/"out/config.json").read_text())["settings"]["clip_model"] == "RN50x4"
     status, out, _ = run("--normalize", "no", "--clip", "RN50x4")

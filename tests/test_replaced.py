@@ -17,7 +17,7 @@ from clipcap.decoding.load import load_run
 from clipcap.reporting.verify import verify
 from clipcap.train import train_stage, trained_so_far
 
-WORDS = ("refused", "told", "kept", "made anew", "trained anew", "trained further", "scored anew")
+WORDS = ("refused", "reported", "kept", "made anew", "trained anew", "trained further", "scored anew")
 SOME = ("03_train", "make run", "load_run", "clipcap caption, continued", "clipcap verify", "reporting/compare")
 FAST = ("tokenizer", "the cache of embeddings", "label of a store", "MappingNetwork.forward", "setting num_beams")
 

@@ -28,7 +28,7 @@ SCORES = {"corpus": {"cider": 1.5, "spice": None, "bleu_4": 0.25}, "intervals": 
           "unavailable": {"spice": "no jars", "spider": "no jars"}, "diversity": {"distinct_1": 0.5},
           "subsets": {"seen": {"images": 3, "cider": 2.0}}, "protocol": {"num_beams": 5, "metrics": ["cider"]}}
 CONTROLS = pd.DataFrame({"cider": [1.5, 0.3], "share_of_model": [1, 0.2]}, index=["model", "shuffled images"])
-KINDS = {"invented": "Names a thing that no reference has.", "wrong_colour": "Gives a thing another colour than people do."}
+KINDS = {"invented": "Names a thing that no reference has.", "wrong_color": "Gives a thing another color than people do."}
 EVIL = "a dog </script><img src=x onerror=alert(1)>"
 
 
@@ -138,7 +138,7 @@ def made_up_run(folder, photos, maps=True, late=True):
     pd.DataFrame({"cider": [0.5, 0.1, 0.9, 0.3, math.nan, 0.2, 0.8, 0.7], "bleu_4": np.arange(8)/10}, index).to_csv(run.path/"scores_test.csv")
     if late:
         CONTROLS.to_csv(run.path/"controls_test.csv")
-        pd.DataFrame([(names[0], "invented", EVIL), (names[1], "invented", "cat"), (names[1], "wrong_colour", "")],
+        pd.DataFrame([(names[0], "invented", EVIL), (names[1], "invented", "cat"), (names[1], "wrong_color", "")],
                      columns=["image_id", "kind", "what"]).to_csv(run.path/"errors_test.csv", index=False)
         pd.DataFrame({"difficulty": np.arange(8)[::-1]/8, "copied": [True]*2 + [False]*6}, index).to_csv(run.path/"analysis_test.csv")
         write_relevance(run.path/"relevance_test.safetensors", captions, photo=maps, reason="" if maps else "the run was given embeddings")
@@ -263,7 +263,7 @@ def test_cards_are_sorted_and_filtered_by_controls_and_by_a_link(opened, pages):
         soon(lambda: page.locator("#nothing").is_visible(), True)
         page.fill("[name=word]", "ca* now"), cards(page, 1, 5, 3, 7)
         address = page.url.partition("#")[2]
-        page.click("text=Clear"), page.click("a.filter >> text=wrong colour"), cards(page, 1)
+        page.click("text=Clear"), page.click("a.filter >> text=wrong color"), cards(page, 1)
         page.evaluate("address => location.hash = address", address), cards(page, 1, 5, 3, 7)  # a view can be linked to
     opened(pages["html"], look)
 

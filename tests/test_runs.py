@@ -197,7 +197,7 @@ def test_hashes_of_made_files(tmp_path, config):
 
 
 @pytest.mark.parametrize("held", [{"preset": []}, {"preset": "mini", "config": {"epochs": "5"}}, {"preset": "mini", "config": {"epochs": -1}},
-                                  {"preset": "mini", "config": {"colour": "red"}}])
+                                  {"preset": "mini", "config": {"color": "red"}}])
 def test_impossible_settings_in_a_manifest_name_the_file(tmp_path, held):
     odd = Run("odd", tmp_path)
     write_json(odd.path/"run.json", held)

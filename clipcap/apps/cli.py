@@ -216,7 +216,7 @@ def import_weights(
     config, network = published.config, {"mlp": "a perceptron", "transformer_clip_tokens": "a transformer", "linear": "a linear map"}
     layers = f", {config.num_layers} layers" if config.mapping_network == "transformer_clip_tokens" else ""
     given = "as asked" if clip else f"assumed from {published.clip_dim} numbers; --clip names another"
-    used = "divided by its length" if config.embedding_scaling == "unit" else "used as it is"
+    used = "divided by its L2 norm" if config.embedding_scaling == "unit" else "used as it is"
     print(f"{out}: {network[config.mapping_network]}, prefix of {config.prefix_length}{layers}")
     print(f"CLIP: {config.clip_model} ({given}); its embedding is {used}{' (assumed; --normalize)' if normalize == 'auto' else ''}")
     print(f"GPT-2: {'weights of the file' if published.gpt2 else f'{config.gpt2_model}, which the file has not'}")

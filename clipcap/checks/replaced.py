@@ -268,7 +268,7 @@ def _if_weights_depend(change, what, name):
 # %% ../../nbs/checks/replaced.ipynb #2a2e4710
 def _if_other_code(change, what, name):
     if name in BEGINS or name == "clipcap embed, continued": return ("kept",)
-    return ("trained further",) if name == "finetune/scst" else ("told",)
+    return ("trained further",) if name == "finetune/scst" else ("reported",)
 
 
 def _if_nothing(change, what, name):
@@ -282,12 +282,12 @@ def _if_decoding(change, what, name):
     if name in AFTER or name == "clipcap verify": return ("refused",)
     if name == "finetune/scst": return ("refused",) if what == "setting start_token" else ("trained further",)
     if what == "setting eval_batch_size" or name not in ("clipcap caption", *FILES): return ("kept",)
-    return ("told",) if name == "clipcap caption" else ("refused",)
+    return ("reported",) if name == "clipcap caption" else ("refused",)
 
 
 def _if_further(change, what, name):
     if name == "make run" or name in (("finetune/scst",) if change.kind == "scst" else ("03_train", "clipcap.train")): return ("trained further",)
-    return {"clipcap caption": ("told",)}.get(name, ("refused",) if name in (*AFTER, "finetune/scst", "clipcap verify", *FILES) else ("kept",))
+    return {"clipcap caption": ("reported",)}.get(name, ("refused",) if name in (*AFTER, "finetune/scst", "clipcap verify", *FILES) else ("kept",))
 
 
 def _if_choice(change, what, name):
@@ -296,7 +296,7 @@ def _if_choice(change, what, name):
 
 
 def _if_rounding(change, what, name):
-    if name in ("04_evaluate", "clipcap caption", *FILES): return ("kept", "scored anew", "told", "refused")  # the precision is recorded
+    if name in ("04_evaluate", "clipcap caption", *FILES): return ("kept", "scored anew", "reported", "refused")  # the precision is recorded
     return {"finetune/scst": ("trained further",), "clipcap verify": ("refused",)}.get(name, ("kept",))
 
 # %% ../../nbs/checks/replaced.ipynb #108566b9
@@ -355,7 +355,7 @@ def compared(
     if now["old"] != before["old"] or not now["weights"].items() >= before["weights"].items(): return "trained anew"
     if now["weights"] != before["weights"]: return "trained further"
     if now["data"] != before["data"]: return "made anew"
-    if "other code" in output or any(f"with {name}=" in output for name in names): return "told"
+    if "other code" in output or any(f"with {name}=" in output for name in names): return "reported"
     return "scored anew" if now["scores"] != before["scores"] or "04_evaluate" in output.rpartition("ran:")[2] else "kept"
 
 # %% ../../nbs/checks/replaced.ipynb #19ebc02b
@@ -393,7 +393,7 @@ def cell(
     happened = done if done != "done" else compared(before, state_of(folder), output, change.names)
     allowed, named = rule(what, name), not change.names or any(word in output for word in change.names) or "data_hash" in output
     wrong = [f"{happened}, not {' or '.join(allowed)}"]*(happened not in allowed)
-    must = happened in ("refused", "told", "trained anew") or change.means == "code" and happened != "kept"
+    must = happened in ("refused", "reported", "trained anew") or change.means == "code" and happened != "kept"
     begun = Run("r").stage_entry("finetune/scst" if change.means == "scst" else "03_train").get("config", {})
     asked_and_begun = change.means in ("training", "scst") and name not in (*TAKING_SETTINGS, *BEGINS) and any(begun.get(k) == v for k, v in change.asked.items())
     wrong += ["it is kept, with another setting in run.json"]*(happened == "kept" and asked_and_begun and change.kind == "clip")

@@ -170,11 +170,12 @@ def load_clip_file(
     "Load a CLIP from a file. Raises `ValueError` that names the file and what is missing."
     import clip
     from clip.model import build_model
+    from transformers.initialization import no_init_weights
     state = read_clip_weights(path)
     is_own = published or SIZES[0] in state
     state = {key: value for key, value in state.items() if key not in (*SIZES, "logit_bias")}  # a bias that only the training loss uses
     try:
-        model = build_model(dict(state)).float()
+        with no_init_weights(): model = build_model(dict(state)).float()  # every weight is in the file
         model.load_state_dict(state)
     except KeyError as error: raise ValueError(f"{path} has no entry {error}, which a CLIP of openai/CLIP or open_clip has") from None
     except Exception as error:  # torch's message names keys and shapes

@@ -42,10 +42,10 @@ def principal_plane(
     embeddings: torch.Tensor,  # (N, D)
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (N, 2) coordinates, (2,) fraction of the variance of each
     "Compute the first two principal components of normalized embeddings; in each, the coordinate with the largest magnitude is positive."
-    centred = F.normalize(embeddings.double(), dim=1)
-    centred = centred - centred.mean(0)
-    u, s, _ = torch.linalg.svd(F.pad(centred, (0, 2, 0, 2)), full_matrices=False)  # padded for fewer than two images
-    places = (u[:, :2]*s[:2])[:len(centred)]
+    centered = F.normalize(embeddings.double(), dim=1)
+    centered = centered - centered.mean(0)
+    u, s, _ = torch.linalg.svd(F.pad(centered, (0, 2, 0, 2)), full_matrices=False)  # padded for fewer than two images
+    places = (u[:, :2]*s[:2])[:len(centered)]
     signs = places.gather(0, places.abs().argmax(0, keepdim=True)).sign()
     return places*signs, (s.square()/s.square().sum().clamp(min=1e-30))[:2]
 
@@ -57,12 +57,12 @@ def plot_map(
     texts: list[str],  # N texts, all references of an image joined
     words: dict[str, tuple[str, ...]],  # at most 7 words -> their forms; an image gets the first word that occurs
 ):  # matplotlib figure
-    "Plot the images coloured by score, and coloured by words of their references."
+    "Plot the images colored by score, and colored by words of their references."
     from clipcap.runs.extras import plt
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", sharey=True)
     x, y = places.numpy().T
     marks = left.scatter(x, y, c=scores, cmap="viridis", s=22, vmin=0, vmax=scores.quantile(0.95) or None)
-    figure.colorbar(marks, ax=left, label=f"{scores.name} (colours end at the 95th percentile)")
+    figure.colorbar(marks, ax=left, label=f"{scores.name} (colors end at the 95th percentile)")
     left.set_title("by score")
     mentions = [{w.strip(".,").lower() for w in text.split()} for text in texts]
     first = pd.Series([next((w for w, forms in words.items() if m & set(forms)), "none of these") for m in mentions])

@@ -24,7 +24,7 @@ def hide_patches(
     image: torch.Tensor,  # (3, H, W) preprocessed
     hidden: torch.Tensor,  # (N, h, w) True: the patch is hidden
 ) -> torch.Tensor:  # (N, 3, H, W)
-    "Make N copies of an image with hidden patches in the mean colour."
+    "Make N copies of an image with hidden patches in the mean color."
     scale = (1, 1, image.shape[-2]//hidden.shape[-2], image.shape[-1]//hidden.shape[-1])
     return image*~torch.kron(hidden[:, None], torch.ones(scale, dtype=torch.bool, device=hidden.device))
 
@@ -166,7 +166,7 @@ def plot_curves(
 def patch_centers(
     grid: tuple[int, int],  # (h, w) patches
 ) -> torch.Tensor:  # (h*w, 2) x and y, as fractions of the picture
-    "Compute the centre of each patch."
+    "Compute the center of each patch."
     y, x = torch.meshgrid(*((torch.arange(n) + 0.5)/n for n in grid), indexing="ij")
     return torch.stack([x.flatten(), y.flatten()], dim=1)
 

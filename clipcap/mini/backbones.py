@@ -135,7 +135,7 @@ def new_clip(
 
 # %% ../../nbs/mini/backbones.ipynb #c587c43e
 def _groups(scenes):
-    "Group scenes in three ways: all, by setting, by setting and colour; yield lists of indices."
+    "Group scenes in three ways: all, by setting, by setting and color; yield lists of indices."
     for fields in ((), ("setting",), ("setting", "color")):
         groups = {}
         for i, scene in enumerate(scenes):
@@ -179,7 +179,7 @@ class FactHeads(torch.nn.Module):
         patches: torch.Tensor,  # (B, GRID*GRID, width)
         facts: torch.Tensor,  # (B, 7) indices into the values of `FACTS`
         things: torch.Tensor,  # (B, GRID, GRID), from `patch_things`
-    ) -> torch.Tensor:  # mean cross-entropy of the facts, plus those of thing and colour per patch, nats
+    ) -> torch.Tensor:  # mean cross-entropy of the facts, plus those of thing and color per patch, nats
         "Compute the loss of the predicted facts."
         logits = self.facts(embeddings).split([len(v) for v in FACTS.values()], 1)
         read = sum(F.cross_entropy(values, facts[:, i]) for i, values in enumerate(logits))/len(logits)

@@ -44,7 +44,7 @@ FITS_INDOORS = ("dog", "cat", "bird", "child", "ball", "box", "bench")
 class Scene:
     "Facts of a picture."
     kind: str  # main thing, one of `KINDS`
-    color: str  # its colour (of a child: the shirt's), key of `COLORS`
+    color: str  # its color (of a child: the shirt's), key of `COLORS`
     count: int  # number of main things, 1-3
     setting: str  # one of `SETTINGS`
     action: str  # one of `ACTIONS[kind]`
@@ -87,7 +87,7 @@ HELD_OUT = frozenset({("red", "dog"), ("blue", "cat"), ("green", "horse"), ("pin
 def is_unseen(
     scene: Scene,  # any scene
 ) -> bool:  # True: only test images show it
-    "Tell whether a scene shows a held-out combination of colour and kind."
+    "Tell whether a scene shows a held-out combination of color and kind."
     return (scene.color, scene.kind) in HELD_OUT
 
 
@@ -129,11 +129,11 @@ class Pen:
 
     def oval(
         self,
-        x,  # of the centre, units
-        y,  # of the centre, units
+        x,  # of the center, units
+        y,  # of the center, units
         rx,  # horizontal radius, units
         ry,  # vertical radius, units
-        fill,  # colour
+        fill,  # color
     ):
         "Draw a filled ellipse."
         self.ink.ellipse([v * SCALE for v in (x - rx, y - ry, x + rx, y + ry)], fill)
@@ -144,7 +144,7 @@ class Pen:
         top,  # units
         right,  # units
         bottom,  # units
-        fill,  # colour
+        fill,  # color
         round=0,  # radius of the corners, units
     ):
         "Draw a filled rectangle."
@@ -153,7 +153,7 @@ class Pen:
 
     def shape(
         self,
-        fill,  # colour
+        fill,  # color
         *points,  # (x, y) each, units
     ):
         "Draw a filled polygon."
@@ -162,7 +162,7 @@ class Pen:
     def line(
         self,
         width,  # units
-        fill,  # colour
+        fill,  # color
         *points,  # (x, y) each, units
     ):
         "Draw a line with round ends."
@@ -172,14 +172,14 @@ class Pen:
 
     def arc(
         self,
-        x,  # of the centre, units
-        y,  # of the centre, units
+        x,  # of the center, units
+        y,  # of the center, units
         rx,  # horizontal radius, units
         ry,  # vertical radius, units
         start,  # degrees, clockwise from the right
         end,  # degrees, clockwise from the right
         width,  # of the line, units
-        fill,  # colour
+        fill,  # color
     ):
         "Draw an arc of an ellipse."
         box = [v * SCALE for v in (x - rx, y - ry, x + rx, y + ry)]
@@ -632,7 +632,7 @@ def _with_article(words): return ("an " if words[0] in "aeiou" else "a ") + word
 
 
 def _subject(scene, rng):
-    "Return the main things, such as 'two brown dogs' or 'a kid in a red shirt'; colour is optional."
+    "Return the main things, such as 'two brown dogs' or 'a kid in a red shirt'; color is optional."
     many, color = scene.count > 1, rng.choice(COLOR_WORDS[scene.color])
     noun, count = rng.choice(NOUNS[scene.kind])[many], rng.choice(COUNT_WORDS[scene.count])
     colored, dressed = rng.random() < .8, scene.kind == "child"
@@ -739,7 +739,7 @@ def draw_dataset(
 
 # %% ../../nbs/mini/scenes.ipynb #20067ea8
 def _png(scene):
-    "Encode a scene as a PNG with 24 colours, chosen from the scene and, with equal weight, its main thing."
+    "Encode a scene as a PNG with 24 colors, chosen from the scene and, with equal weight, its main thing."
     image = draw_scene(scene)
     box = next(box for name, box in scene_boxes(scene) if name == scene.kind)
     both = Image.new("RGB", (2 * SIZE, SIZE))

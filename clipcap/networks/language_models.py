@@ -126,7 +126,7 @@ def _is_not_causal(gpt2, prefix, ids):
     with torch.no_grad():
         vectors = torch.cat([prefix, gpt2.get_input_embeddings()(ids[:2])], 1)
         other = torch.cat([vectors[:, :-1], vectors[:, :1]], 1)
-        before, after = (last_logits(gpt2, v, v.shape[1])[:, :-1] for v in (vectors, other))
+        before, after = last_logits(gpt2, torch.cat([vectors, other]), vectors.shape[1])[:, :-1].chunk(2)
     return _difference([after], [before]) > 10  # 10: a mixture of experts sums in another order
 
 
@@ -139,21 +139,19 @@ def _supports_packing(gpt2, trial, wanted):
 def _agrees(gpt2, losses, trial, wanted): return _difference(_with_gradient(losses, gpt2, *trial), wanted) <= 1
 
 
-def _generation_agrees(gpt2, prefix):
-    "Tell whether the log-probabilities of two beams equal those of the loss."
+def _written(gpt2, prefix):
+    "Return what `generate` writes with two beams, (4, 3); None if its log-probabilities are not those of the loss."
     with torch.inference_mode():
-        out = continue_prefix(gpt2, prefix.detach(), 2, num_beams=2, num_return_sequences=2, max_new_tokens=4, length_penalty=0., early_stopping=True,
+        out = continue_prefix(gpt2, prefix.detach(), 2, num_beams=2, num_return_sequences=2, max_new_tokens=3, length_penalty=0., early_stopping=True,
                               do_sample=False, pad_token_id=0, output_scores=True, return_dict_in_generate=True)
         wanted = caption_losses(gpt2, prefix, out.sequences, torch.ones_like(out.sequences), torch.tensor([0, 0, 1, 1]))
-        return _difference([-out.sequences_scores], [wanted]) <= 1
+        return out.sequences if _difference([-out.sequences_scores], [wanted]) <= 1 else None
 
 
-def _beam_search_agrees(gpt2, prefix):
-    "Tell whether our beam search returns the same tokens as `generate`."
+def _beam_search_agrees(gpt2, prefix, written):
+    "Tell whether our beam search returns the tokens of `_written`."
     model = SimpleNamespace(gpt2=gpt2, device=prefix.device, stop_id=-1, tokenizer=SimpleNamespace(pad_token_id=0))  # -1: no token ends a caption
-    with torch.inference_mode():
-        wanted = continue_prefix(gpt2, prefix.detach(), 2, num_beams=2, num_return_sequences=2, max_new_tokens=4, early_stopping=True, do_sample=False, pad_token_id=0)
-        return torch.equal(beam_ids(model, prefix.detach(), 4, 2, 2), wanted)
+    with torch.inference_mode(): return torch.equal(beam_ids(model, prefix.detach(), 3, 2, 2, length_penalty=0.), written)
 
 
 def _succeeds(attempt, *args):
@@ -177,10 +175,10 @@ def choose_loss(
             gpt2.set_attn_implementation("eager")
             if not _agrees(gpt2, _padded_losses, trial, wanted): raise ValueError("its captions have other losses in a batch than alone")
     gpt2.shares_prefix = True
-    if not _succeeds(_generation_agrees, gpt2, prefix):
+    if not torch.is_tensor(written := _succeeds(_written, gpt2, prefix)):
         gpt2.shares_prefix = False
-        if not _generation_agrees(gpt2, prefix): raise ValueError("it does not write what it predicts")
-    gpt2.searches = gpt2.packed_up_to > 0 and _succeeds(_beam_search_agrees, gpt2, prefix)  # False: `generate` searches
+        if (written := _written(gpt2, prefix)) is None: raise ValueError("it does not write what it predicts")
+    gpt2.searches = gpt2.packed_up_to > 0 and _succeeds(_beam_search_agrees, gpt2, prefix, written)  # False: `generate` searches
     return "packed" if gpt2.packed_up_to else "padded"
 
 

@@ -25,8 +25,8 @@ _METRICS = {"bleu": "BLEU", "mbleu": "mBLEU", "meteor": "METEOR", "rouge": "ROUG
 
 
 def label(
-    name: str,  # column or key, such as "bleu_4" or "wrong_colour"
-) -> str:  # such as "BLEU-4" or "wrong colour"
+    name: str,  # column or key, such as "bleu_4" or "wrong_color"
+) -> str:  # such as "BLEU-4" or "wrong color"
     "Return the usual spelling of a metric; for any other name, replace underscores by spaces."
     first, _, rest = name.partition("_")
     known = _METRICS.get(first)

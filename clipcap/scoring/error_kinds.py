@@ -29,7 +29,7 @@ from .tokenization import tokenize
 ERROR_KINDS = {
     "invented": "The caption names a thing that no reference names.",
     "missed": "Most references name a thing, the caption does not.",
-    "wrong_color": "The caption gives a thing a colour that contradicts the references.",
+    "wrong_color": "The caption gives a thing a color that contradicts the references.",
     "wrong_count": "The caption gives a number of things that contradicts the references.",
     "wrong_action": "The caption gives a thing an action that no reference has for it.",
     "wrong_relation": "The caption gives two things a spatial relation that contradicts the references.",
@@ -85,7 +85,7 @@ COLORS = {c: {c} for c in "black white gray red orange yellow green blue purple 
     "gold": {"yellow"}, "golden": {"yellow", "brown"}, "blond": {"yellow"}, "blonde": {"yellow"},
     "tan": {"brown", "yellow"}, "beige": {"brown", "yellow", "white"}, "cream": {"white", "yellow"},
     "chestnut": {"brown"}, "emerald": {"green"}, "turquoise": {"green", "blue"}, "teal": {"green", "blue"},
-    "navy": {"blue"}, "violet": {"purple"}, "rosy": {"pink"}}  # word -> basic colours that it agrees with
+    "navy": {"blue"}, "violet": {"purple"}, "rosy": {"pink"}}  # word -> basic colors that it agrees with
 MANY = math.inf  # several: agrees with any number above one
 NUMBERS = {w: n for n, w in enumerate("one two three four five six seven eight nine ten".split(), 1)} | {
     "a": 1, "an": 1} | dict.fromkeys("many several some multiple".split(), MANY)
@@ -251,8 +251,8 @@ def contradicted(
 def same_color(
     a: str,  # key of `COLORS`
     b: str,  # another key
-) -> bool:  # True: they share a basic colour
-    "Tell whether two words can name the same colour."
+) -> bool:  # True: they share a basic color
+    "Tell whether two words can name the same color."
     return not COLORS[a].isdisjoint(COLORS[b])
 
 

@@ -177,8 +177,8 @@ class RegressionWeights:
             return
         kernel = torch.exp(self.known @ self.known.T - 1)
         self.average = kernel.mean(0)
-        centred = kernel - self.average - self.average[:, None] + self.average.mean()
-        self.factor = torch.linalg.cholesky(centred + ridge*torch.eye(len(kernel), dtype=torch.double))
+        centered = kernel - self.average - self.average[:, None] + self.average.mean()
+        self.factor = torch.linalg.cholesky(centered + ridge*torch.eye(len(kernel), dtype=torch.double))
 
     def __call__(
         self,

@@ -278,7 +278,7 @@ _LISTS = {"cardinality": "smallNumbers", "color": "commonColors", "size": "sizeA
 
 
 def _find_lists(names):
-    "Read the tool's lists of words that make an attribute a number, a colour or a size."
+    "Read the tool's lists of words that make an attribute a number, a color or a size."
     with JAVA_LOCK:
         start_java()
         lists = _spice().lists

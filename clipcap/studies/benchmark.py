@@ -32,7 +32,7 @@ from ..formats.embeddings import Embeddings, write_embeddings
 from ..formats.photos import read_photo
 from ..formats.readers import find_layout, read_captions
 from ..formats.tokenizer import encode_captions
-from ..model import ClipCapModel, MappingNetwork, generate_caption_batch, generate_ids, load_model
+from ..model import ClipCapModel, MappingNetwork, generate_caption_batch, generate_ids, load_model, photos_ahead
 from ..networks.packing import has_bf16, keep_freed_memory
 from ..runs.files import outputs_dir, project_root, resolve_path, save_figure, write_json
 from ..runs.folder import environment
@@ -273,7 +273,7 @@ def time_captioning(
             ids[path] = literal_beam_search(work.reference, embedding, work.new_tokens, 5)
     def batch(): generate_caption_batch(work.pixels(work.photos[:work.reference_batch]), work.reference, work.new_tokens, 5)
     def stream(kind):
-        written = caption_stream(work.ours[kind], work.photos, max_length=work.new_tokens, num_beams=5)
+        written = caption_stream(model := work.ours[kind], work.photos, max_length=work.new_tokens, num_beams=5, ahead=photos_ahead(model, work.config, 32))
         captions[f"ours{kind}"] = [caption for _, caption in written]
     ways = {"one at a time": (chunk, one_at_a_time), "original's batch": (work.reference_batch, batch),
             **{f"ours{kind}": (len(work.photos), partial(stream, kind)) for kind in work.ours}}
@@ -378,23 +378,23 @@ def benchmark_rows(
     step, captioning = (json.loads((resolve_path(folder)/name).read_text("utf-8"))
                         for name in ("step.json", "captioning.json"))
     rate = step["original"]["captions_per_second"]
-    rows = [("training", "reference", rate["median"], rate["low"], rate["high"], 1.0, None)]
+    rows = [("training", "reference recipe's loop", rate["median"], rate["low"], rate["high"], 1.0, None)]
     for kind, found in (("", step), (", bf16", step.get("bf16"))):
-        for way, five, ratio in (("ours", "", "ratio_one_caption"),
-                                 ("ours, five captions per image", "_five", "ratio_five_captions")):
+        for way, five, ratio in (("clipcap", "", "ratio_one_caption"),
+                                 ("clipcap, five captions per image", "_five", "ratio_five_captions")):
             if found: rows.append(("training", way + kind, found[f"captions_per_second{five}"],
                                    *found["spread"][f"captions_per_second{five}"], found[ratio],
                                    found[f"share_of_limit{five}"]))
     for way, found in (("one at a time, no cache", captioning["one_at_a_time"]),
-                       ("reference, in a batch", captioning["original_batch"]), ("ours", captioning),
-                       ("ours, bf16", captioning.get("bf16"))):
+                       ("reference recipe, in a batch", captioning["original_batch"]), ("clipcap", captioning),
+                       ("clipcap, bf16", captioning.get("bf16"))):
         if found: rows.append(("captioning", way, found["images_per_second"],
                                *found["spread"]["images_per_second"], found["ratio"], None))
     real = captioning.get("search", {}).get("real", {})
     for kind, report in real.items():
-        for way, share in ((f"generate, batches of {report['batch_size']}", None), ("ours", report["share_of_limit"])):
-            speed = report["captions_per_second"][way.split(",")[0]]
-            rows.append(("search, real lengths", way + ("" if kind == "float32" else ", bf16"), speed["median"], speed["low"], speed["high"],
+        for way, key, share in ((f"generate, batches of {report['batch_size']}", "generate", None), ("clipcap", "ours", report["share_of_limit"])):
+            speed = report["captions_per_second"][key]
+            rows.append(("beam search, real lengths", way + ("" if kind == "float32" else ", bf16"), speed["median"], speed["low"], speed["high"],
                          speed["median"]/real["float32"]["captions_per_second"]["generate"]["median"], share))
     return pd.DataFrame(rows, columns=["job", "way", "a_second", "low", "high", "ratio", "share"])
 
@@ -408,7 +408,7 @@ def benchmark_table(
         "captions per second": [f"{r.a_second:.3g} ({r.low:.3g} to {r.high:.3g})" for r in rows.itertuples()],
         "ratio to the first": [f"{r.ratio:.1f}" for r in rows.itertuples()],
         "fraction of the limit": ["" if pd.isna(r.share) else f"{r.share:.0%}" for r in rows.itertuples()],
-    }, index=pd.MultiIndex.from_frame(rows[["job", "way"]]))
+    }, index=pd.MultiIndex.from_frame(rows[["job", "way"]].set_axis(["task", "implementation"], axis=1)))
 
 # %% ../../nbs/studies/benchmark.ipynb #d600aa36
 def plot_benchmark(
@@ -421,7 +421,7 @@ def plot_benchmark(
                                 height_ratios=[(rows.job == job).sum() for job in jobs])
     for ax, job, unit in zip(axes, jobs, ("captions per second", "photos per second, photo to text", "captions per second, prefix to token ids")):
         part = rows[rows.job == job].iloc[::-1].reset_index(drop=True)
-        colors = ["#0072B2" if way.startswith("ours") else "#999999" for way in part.way]
+        colors = ["#0072B2" if way.startswith("clipcap") else "#999999" for way in part.way]
         ax.barh(part.way, part.a_second, color=colors, height=0.6,
                 xerr=[part.a_second - part.low, part.high - part.a_second], ecolor="black", capsize=2)
         for y, row in part.iterrows():

@@ -30,15 +30,15 @@ def countdown_model(
     gpt2, longest, draw = copy.deepcopy(model.gpt2), max(lengths), torch.Generator().manual_seed(0)
     V, d = gpt2.get_input_embeddings().weight.shape
     def normal(*shape): return torch.randn(*shape, generator=draw)
-    centres, rest = d**0.5*nn.functional.normalize(normal(longest + 2, d)), torch.arange(V) % longest + 1
-    words, out = centres[rest] + 0.3*normal(V, d), 3*d**-0.5*normal(V, d) + 40/d*centres[rest + 1]
-    out[model.tokenizer.all_special_ids], out[model.stop_id] = 0, 60/d*centres[1]
+    centers, rest = d**0.5*nn.functional.normalize(normal(longest + 2, d)), torch.arange(V) % longest + 1
+    words, out = centers[rest] + 0.3*normal(V, d), 3*d**-0.5*normal(V, d) + 40/d*centers[rest + 1]
+    out[model.tokenizer.all_special_ids], out[model.stop_id] = 0, 60/d*centers[1]
     gpt2.config.tie_word_embeddings = False
     gpt2.lm_head = nn.Linear(d, V, bias=False)
     for layer, weight in ((gpt2.get_input_embeddings(), words), (gpt2.lm_head, out)):
         layer.weight = nn.Parameter(weight.to(model.device, gpt2.dtype), requires_grad=False)
     P = len(model.mapping_network.prefix_constants)
-    prefixes = centres[torch.tensor(lengths)][:, None] + 0.3*normal(len(lengths), P, d)
+    prefixes = centers[torch.tensor(lengths)][:, None] + 0.3*normal(len(lengths), P, d)
     return ClipCapModel(gpt2, model.tokenizer, model.mapping_network).eval(), prefixes.to(model.device, gpt2.dtype)
 
 # %% ../../nbs/studies/search_speed.ipynb #d68c076a
