@@ -1,8 +1,11 @@
 """The comparison of our beam search with transformers' `generate` (clipcap.studies.search_speed)."""
+import random
+
 import pytest
 import torch
 
 from clipcap.core import make_config
+from clipcap.decoding.beam import beam_ids
 from clipcap.model import load_model
 from clipcap.studies.flops import REFERENCE_SIZES, step_flops
 from clipcap.studies.search_speed import caption_flops, countdown_model, library_ids, search_report
@@ -40,3 +43,15 @@ def test_a_step_of_five_beams_needs_five_times_as_much():
     prefix, two, three = (caption_flops(REFERENCE_SIZES, [n], 5) for n in (1, 2, 3))
     one = [caption_flops(REFERENCE_SIZES, [n], 1) for n in (1, 2, 3)]
     assert prefix == one[0] and (two - prefix, three - two) == (5*(one[1] - one[0]), 5*(one[2] - one[1]))
+
+
+@pytest.mark.parametrize("lengths, searches", [
+    ([12] + [11]*31 + [25]*40, 32),  # the first is finished for a while before another photo takes its place
+    (random.Random(1).choices(range(2, 41), [1]*8 + [8]*8 + [1]*23, k=150), 48),
+    (sorted(random.Random(2).choices(range(2, 41), k=120)), 40),
+    (sorted(random.Random(3).choices(range(2, 41), k=120))[::-1], 33)], ids=["one", "drawn", "rising", "falling"])
+def test_many_captions_of_any_lengths_in_any_order(model, lengths, searches):
+    counting, prefixes = countdown_model(model, lengths)
+    found = beam_ids(counting, prefixes, 40, 5, searches=searches)
+    assert [row.index(model.stop_id) + 1 for row in found.tolist()] == lengths
+    assert found.tolist() == library_ids(counting, prefixes, 40, 5, 50).tolist()

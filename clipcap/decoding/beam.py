@@ -212,7 +212,9 @@ def _shrink(search, running, waiting):
     if not waiting and 8*len(alive) <= 7*len(running):
         search.keep(torch.tensor(alive))
         running = [running[s] for s in alive]
-    search.read(search.b*int(search.t[[s for s, n in enumerate(running) if n is not None]].max()))
+    longest = int(search.t[[s for s, n in enumerate(running) if n is not None]].max())
+    search.t.clamp_(max=longest)  # a finished search goes on without effect, but not beyond the places that there are
+    search.read(search.b*longest)
     return running
 
 # %% ../../nbs/decoding/beam.ipynb #45218880
