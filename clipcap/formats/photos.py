@@ -187,11 +187,11 @@ def read_ahead(
     photos: Iterable,  # paths; taken a batch at a time, so there may be any number
     read: Callable,  # path -> result; called in threads
     batch_size: int,  # photos per batch
-    workers: int | None = None,  # threads that read; None: one per core
+    workers: int | None = None,  # threads that read; None: one per core, at most 16
 ) -> Iterator[list[tuple]]:  # batches of (path, what `read` returned or the exception it raised)
     "Read photos in batches, in order, the next batch while this one is used."
     if batch_size < 1: raise ValueError(f"batch_size={batch_size} is too small; it must be at least 1")
-    photos, pool = iter(photos), _reading_threads(workers or _cores())
+    photos, pool = iter(photos), _reading_threads(workers or min(_cores(), 16))  # more would wait for Python's lock
     def start(): return [(path, pool.submit(read, path)) for path in islice(photos, batch_size)]
     try:
         batch = start()
