@@ -213,7 +213,7 @@ def _shrink(search, running, waiting):
         search.keep(torch.tensor(alive))
         running = [running[s] for s in alive]
     longest = int(search.t[[s for s, n in enumerate(running) if n is not None]].max())
-    search.t.clamp_(max=longest)  # a finished search goes on without effect, but not beyond the places that there are
+    search.t.clamp_(max=longest)  # a finished search continues without effect, but not beyond the places that exist
     search.read(search.b*longest)
     return running
 
