@@ -171,7 +171,7 @@ def _open_photo(photos, name):
 
 def _split_batch(batch):
     "Return the photos that could be read, preprocessed, and the reasons for others, both by name. Raises any error but those of reading."
-    good, bad = {name: image for name, image in batch if torch.is_tensor(image)}, {}
+    good, bad = {name: image for name, image in batch if not isinstance(image, Exception)}, {}
     for name, error in batch:
         if isinstance(error, OSError): bad[name] = "missing" if isinstance(error, FileNotFoundError) else str(error)
         elif name not in good: raise error
